@@ -1,0 +1,142 @@
+"""One store in progress: pages that fill up span by span and become visible all at once."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+from polarcache.cache_service.metrics import Counters
+from polarcache.cache_service.namespaces import Namespace
+from polarcache.cache_service.store import BlockStore
+from polarcache.cache_service.tiers.pool import Page
+from polarcache.proto.errors import ChecksumMismatchError, InvalidRequestError
+from polarcache.proto.frames import checksum
+from polarcache.proto.v1 import polarcache_pb2 as pb
+
+__all__ = ["StoreSession"]
+
+
+class StoreSession:
+    """Blocks on their way into the store.
+
+    `take` and `close` may run in different threads: a page is not freed while it is written.
+
+    Args:
+        store: The store.
+        namespace: Namespace of the blocks.
+        block_keys: Keys of all blocks of the call.
+        wanted: Indices of those that will come.
+        packed: Whether payloads are in packed form.
+        counters: Where to count.
+    """
+
+    def __init__(
+        self,
+        store: BlockStore,
+        namespace: Namespace,
+        block_keys: Sequence[bytes],
+        wanted: Sequence[int],
+        *,
+        packed: bool,
+        counters: Counters,
+    ) -> None:
+        self._store = store
+        self._namespace = namespace
+        self._block_keys = block_keys
+        self._packed = packed
+        self._counters = counters
+        self._lock = threading.Lock()
+        self._closed = False
+        self._pages: dict[int, Page] = {}
+        # Bit l of a block's mask is set while layer l is missing.
+        self._all_layers = (1 << namespace.spec.layout.num_layers) - 1
+        self._missing = dict.fromkeys(wanted, self._all_layers)
+
+    def take(self, spans: Sequence[pb.Span], payload: memoryview) -> None:
+        """Checks a message's spans and writes them to their pages.
+
+        Raises:
+            InvalidRequestError: A span is out of range, came before, or is of another length.
+            ChecksumMismatchError: A span's bytes are not those that were sent.
+            NonFiniteError: Keys or values hold NaN, infinity, or what the codec cannot carry.
+            CapacityError: There is no room.
+        """
+        slice_bytes = self._namespace.codec.slice_bytes(packed=self._packed)
+        expected = sum(span.num_layers for span in spans) * slice_bytes
+        if len(payload) != expected:
+            raise InvalidRequestError(
+                f"the spans of this message are {expected} bytes, {slice_bytes} a slice; its "
+                f"payload is {len(payload)}"
+            )
+        start = 0
+        for span in spans:
+            end = start + span.num_layers * slice_bytes
+            self._take_span(span, payload[start:end])
+            start = end
+        self._counters.add("received_payload_bytes_total", len(payload))
+
+    def publish(self, *, durable: bool) -> int:
+        """Makes the blocks visible; how many were new.
+
+        Raises:
+            InvalidRequestError: A block is not whole; none becomes visible.
+            TierUnavailableError: `durable` and Redis did not confirm; the blocks are in memory.
+        """
+        with self._lock:
+            partial = [i for i, missing in self._missing.items() if missing]
+            if partial or self._closed:
+                first = f"; block {partial[0]} lacks layers" if partial else ""
+                raise InvalidRequestError(
+                    f"commit came before all wanted blocks: {len(partial)} of "
+                    f"{len(self._missing)} are not whole{first}"
+                )
+            blocks = [(self._block_keys[i], self._pages[i]) for i in sorted(self._pages)]
+            self._pages = {}
+        raw_block_bytes = (
+            self._namespace.spec.layout.raw_slice_bytes * self._namespace.spec.layout.num_layers
+        )
+        self._counters.add("stored_raw_bytes_total", raw_block_bytes * len(blocks))
+        return self._store.publish(self._namespace, blocks, durable=durable)
+
+    def close(self) -> None:
+        """Frees the pages of blocks that did not become visible."""
+        with self._lock:
+            self._closed = True
+            pages, self._pages = self._pages, {}
+        self._store.memory.free(list(pages.values()))
+
+    def _take_span(self, span: pb.Span, payload: memoryview) -> None:
+        index = span.block_index
+        layers = ((1 << span.num_layers) - 1) << span.first_layer
+        if span.num_layers < 1 or layers & ~self._all_layers:
+            raise InvalidRequestError(
+                f"layers {span.first_layer} to {span.first_layer + span.num_layers} of block "
+                f"{index} are outside of {self._namespace.spec.layout.num_layers} layers"
+            )
+        if layers & ~self._missing.get(index, 0):
+            raise InvalidRequestError(
+                f"layers {span.first_layer} to {span.first_layer + span.num_layers} of block "
+                f"{index} were not wanted or came before"
+            )
+        if checksum(payload) != span.checksum:
+            raise ChecksumMismatchError(
+                f"block {index}, layers from {span.first_layer}: the payload is not what was "
+                "sent; expected its xxh3-64"
+            )
+        codec = self._namespace.codec
+        if index not in self._pages:
+            page = self._store.allocate(codec.packed_block_bytes)
+            with self._lock:
+                if self._closed:
+                    self._store.memory.free([page])
+                    raise InvalidRequestError("the store call has ended")
+                self._pages[index] = page
+        start_ns = time.monotonic_ns()
+        with self._lock:
+            if self._closed:
+                raise InvalidRequestError("the store call has ended")
+            page_view = self._store.memory.view(self._pages[index])
+            codec.write(page_view, span.first_layer, payload, packed=self._packed)
+            self._missing[index] &= ~layers
+        self._counters.add("codec_encode_ns_total", time.monotonic_ns() - start_ns)

@@ -1,0 +1,1 @@
+"""Where blocks are kept: the memory tier's page pool, and Redis."""

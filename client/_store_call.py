@@ -1,0 +1,135 @@
+"""A store, without I/O: which frames to send and what the answers mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from polarcache.client._region import Slot
+from polarcache.client._slices import PackedSlices, RawSlices
+from polarcache.client._types import Namespace, StoreResult
+from polarcache.proto.errors import InternalError
+from polarcache.proto.frames import Buffer, checksum, join_frame
+from polarcache.proto.v1 import polarcache_pb2 as pb
+
+__all__ = ["StoreCall"]
+
+
+class StoreCall:
+    """One store. Send `begin`, feed every answer, send `frames` once ready, then `commit`.
+
+    Args:
+        namespace: Namespace of the blocks.
+        block_keys: Their keys.
+        slices: Their bytes.
+        frame_bytes: Payload bytes of a frame, at least one slice is sent.
+        slots: Shared memory for the payloads; empty to send them in messages.
+        durable: Whether Redis must confirm.
+    """
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        block_keys: Sequence[bytes],
+        slices: RawSlices | PackedSlices,
+        *,
+        frame_bytes: int,
+        slots: list[Slot],
+        durable: bool,
+    ) -> None:
+        self._namespace = namespace
+        self._block_keys = block_keys
+        self._slices = slices
+        self._durable = durable
+        self._frames: Iterator[list[tuple[int, int]]] = iter(())
+        self._per_frame = max(1, frame_bytes // slices.slice_bytes)
+        self.slots = slots
+        self.free_slots = list(slots)
+        self._slot_of = {slot.where.SerializeToString(): slot for slot in slots}
+        self.is_ready = False
+        self.result: StoreResult | None = None
+        self._sent_bytes = 0
+
+    def begin(self) -> bytes:
+        """First frame."""
+        packed = isinstance(self._slices, PackedSlices)
+        begin = pb.StoreBegin(
+            namespace_id=self._namespace.namespace_id,
+            block_keys=self._block_keys,
+            format=pb.BLOCK_FORMAT_PACKED if packed else pb.BLOCK_FORMAT_RAW,
+            durable=self._durable,
+        )
+        return pb.StoreRequest(begin=begin).SerializeToString()
+
+    def on_answer(self, frame: bytes) -> None:
+        """Takes an answer: sets `is_ready`, frees a slot, or sets `result`."""
+        answer = pb.StoreResponse.FromString(frame)
+        if answer.HasField("ready"):
+            self._frames = self._plan(answer.ready.wanted)
+            self.is_ready = True
+        elif answer.HasField("released"):
+            self.free_slots.append(self._slot_of[answer.released.SerializeToString()])
+        else:
+            self.result = StoreResult(
+                answer.result.num_stored, answer.result.num_present, self._sent_bytes
+            )
+
+    def finished(self) -> StoreResult:
+        """The result, once the stream has ended in order.
+
+        Raises:
+            InternalError: The service sent none.
+        """
+        if self.result is None:
+            raise InternalError("the service ended the stream without a result")
+        return self.result
+
+    def next_frame(self) -> bytes | None:
+        """The next frame of spans, None after the last; needs a free slot if there are slots."""
+        slices = next(self._frames, None)
+        if slices is None:
+            return None
+        spans: list[pb.Span] = []
+        parts: list[list[Buffer]] = []
+        for block_index, layer in slices:
+            piece = self._slices.parts(block_index, layer)
+            last = spans[-1] if spans else None
+            if last and last.block_index == block_index:
+                last.num_layers += 1
+                parts[-1].extend(piece)
+            else:
+                spans.append(pb.Span(block_index=block_index, first_layer=layer, num_layers=1))
+                parts.append(list(piece))
+        for span, span_parts in zip(spans, parts, strict=True):
+            span.checksum = checksum(*span_parts)
+        payload = [part for span_parts in parts for part in span_parts]
+        length = sum(len(part) for part in payload)
+        self._sent_bytes += length
+        if not self.slots:
+            return join_frame(pb.StoreRequest(spans=spans), payload)
+        slot = self.free_slots.pop()
+        end = 0
+        for part in payload:
+            slot.view[end : end + len(part)] = part
+            end += len(part)
+        where = pb.RegionRange()
+        where.CopyFrom(slot.where)
+        where.length = length
+        self._slot_of[where.SerializeToString()] = slot
+        return pb.StoreRequest(spans=spans, region=where).SerializeToString()
+
+    @staticmethod
+    def commit() -> bytes:
+        """Last frame."""
+        return pb.StoreRequest(commit=True).SerializeToString()
+
+    def _plan(self, wanted: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+        num_layers = self._namespace.spec.layout.num_layers
+        frame: list[tuple[int, int]] = []
+        for block_index in wanted:
+            for layer in range(num_layers):
+                frame.append((block_index, layer))
+                if len(frame) == self._per_frame:
+                    yield frame
+                    frame = []
+        if frame:
+            yield frame

@@ -1,0 +1,394 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, TypeVar
+
+import grpc
+
+from polarcache.client._channel import DEFAULT_ENDPOINT, channel_options, grpc_target
+from polarcache.client._messages import clear_request, lookup_request, match_of, namespace_of
+from polarcache.client._region import SharedMemory, Slot, attach
+from polarcache.client._retrieve_call import RetrieveCall
+from polarcache.client._slices import PackedSlices, RawSlices, empty_layers
+from polarcache.client._store_call import StoreCall
+from polarcache.client._sync_streams import run_retrieve, run_store
+from polarcache.client._types import (
+    LayerTensors,
+    Match,
+    Namespace,
+    PackWhere,
+    Retrieved,
+    RetrievedPacked,
+    StoreResult,
+    Tier,
+)
+from polarcache.proto.errors import NamespaceUnknownError
+from polarcache.proto.frames import Buffer
+from polarcache.proto.layout import NamespaceSpec
+from polarcache.proto.status import error_from_rpc
+from polarcache.proto.v1 import polarcache_pb2 as pb
+from polarcache.proto.v1 import polarcache_pb2_grpc as stubs
+
+__all__ = ["Client"]
+
+ResultT = TypeVar("ResultT")
+
+
+class Client:
+    """Talks to one cache service. Thread-safe.
+
+    Every method ends within its deadline and raises a `PolarCacheError` when it fails. A service
+    that restarted is noticed and its namespaces are opened again.
+
+    Args:
+        endpoint: `grpc://host:port` or `grpc+unix:///path`.
+        timeout_s: Deadline of calls that move no blocks, seconds.
+        transfer_timeout_s: Deadline of calls that do, seconds.
+        shared_memory_bytes: Memory to share with a service on the same host; 0 for none.
+
+    Raises:
+        InvalidRequestError: The endpoint is malformed.
+    """
+
+    def __init__(
+        self,
+        endpoint: str = DEFAULT_ENDPOINT,
+        *,
+        timeout_s: float = 5.0,
+        transfer_timeout_s: float = 60.0,
+        shared_memory_bytes: int = 64 << 20,
+    ) -> None:
+        self._timeout_s = timeout_s
+        self._transfer_timeout_s = transfer_timeout_s
+        self._shared_memory_bytes = shared_memory_bytes
+        self._channel = grpc.insecure_channel(grpc_target(endpoint), options=channel_options())
+        self._stub = stubs.KvCacheStub(self._channel)
+        self._admin = stubs.KvCacheAdminStub(self._channel)
+        self._store_stream = self._channel.stream_stream("/polarcache.v1.KvCache/Store")
+        self._retrieve_stream = self._channel.stream_stream("/polarcache.v1.KvCache/Retrieve")
+        self._lock = threading.Lock()
+        self._service: pb.DescribeResponse | None = None
+        self._memory: SharedMemory | None = None
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the connection; calls under way fail."""
+        self._channel.close()
+        self._drop_memory()
+
+    def describe(self) -> pb.DescribeResponse:
+        """Who the service is, what it accepts and how well it is."""
+        return self._unary(self._stub.Describe, pb.DescribeRequest())
+
+    def open_namespace(self, spec: NamespaceSpec) -> Namespace:
+        """Registers a namespace.
+
+        Args:
+            spec: Its definition.
+
+        Raises:
+            InvalidRequestError: The profile is unknown or does not fit the geometry.
+            LayoutMismatchError: The model identity was opened with another geometry.
+        """
+        self._meet_service()
+        request = pb.OpenNamespaceRequest(namespace=spec.to_proto())
+        return namespace_of(spec, self._unary(self._stub.OpenNamespace, request))
+
+    def lookup(
+        self,
+        namespace: Namespace,
+        block_keys: Sequence[bytes],
+        *,
+        lease_ms: int = 0,
+        lease: bool = True,
+    ) -> Match:
+        """The longest stored prefix.
+
+        Args:
+            namespace: Namespace of the blocks.
+            block_keys: Keys from token 0 on.
+            lease_ms: Wanted life of the lease, milliseconds; 0 for the service's default.
+            lease: Whether to take a lease, without which the blocks cannot be read.
+        """
+        request = lookup_request(namespace, block_keys, lease_ms, lease=lease)
+        response = self._reopening(namespace, lambda: self._unary(self._stub.Lookup, request))
+        return match_of(namespace, response)
+
+    def release(self, match: Match) -> None:
+        """Gives a match's lease back before it expires."""
+        if match.lease_id:
+            request = pb.ReleaseLeaseRequest(lease_id=match.lease_id)
+            self._unary(self._stub.ReleaseLease, request)
+
+    def store(
+        self,
+        namespace: Namespace,
+        block_keys: Sequence[bytes],
+        layers: Sequence[tuple[Any, Any]],
+        *,
+        pack: PackWhere = "service",
+        durable: bool = False,
+    ) -> StoreResult:
+        """Stores the blocks of consecutive tokens. All of them become visible, or none.
+
+        Args:
+            namespace: Namespace of the blocks.
+            block_keys: Their keys.
+            layers: For each layer K [T, Hkv, D] and V [T, Hkv, Dv] in the namespace's dtype,
+                T = len(block_keys) * block_tokens; torch tensors, or C-contiguous buffers.
+            pack: Where the codec runs; "worker" sends packed bytes.
+            durable: Whether to wait until Redis confirmed the blocks.
+
+        Raises:
+            LayoutMismatchError: The tensors do not fit the namespace.
+            NonFiniteError: Keys or values hold NaN, infinity, or what the codec cannot carry.
+            CapacityError: There is no room.
+            TierUnavailableError: `durable`, and Redis did not confirm.
+        """
+        if pack == "worker":
+            from polarcache.client.codec import pack_blocks
+
+            return self.store_packed(
+                namespace, block_keys, pack_blocks(namespace, layers), durable=durable
+            )
+        slices = RawSlices(namespace.spec.layout, len(block_keys), layers)
+        return self._reopening(
+            namespace, lambda: self._store(namespace, block_keys, slices, durable=durable)
+        )
+
+    def store_packed(
+        self,
+        namespace: Namespace,
+        block_keys: Sequence[bytes],
+        blocks: Sequence[Buffer],
+        *,
+        durable: bool = False,
+    ) -> StoreResult:
+        """Stores packed blocks, as `polarcache.client.codec.pack_blocks` makes them.
+
+        Args:
+            namespace: Namespace of the blocks.
+            block_keys: Their keys.
+            blocks: One buffer of `namespace.packed_block_bytes` bytes a block.
+            durable: Whether to wait until Redis confirmed the blocks.
+
+        Raises:
+            LayoutMismatchError: A buffer is of another length.
+            CapacityError: There is no room.
+            TierUnavailableError: `durable`, and Redis did not confirm.
+        """
+        layout = namespace.spec.layout
+        slices = PackedSlices(layout.num_layers, namespace.packed_slice_bytes, blocks)
+        return self._reopening(
+            namespace, lambda: self._store(namespace, block_keys, slices, durable=durable)
+        )
+
+    def retrieve(
+        self,
+        match: Match,
+        *,
+        first_block: int = 0,
+        num_blocks: int | None = None,
+        pack: PackWhere = "service",
+    ) -> Retrieved:
+        """Reads leased blocks.
+
+        Args:
+            match: From `lookup`.
+            first_block: First block to read.
+            num_blocks: Blocks to read; None for all from there on.
+            pack: Where the codec runs; "worker" receives packed bytes.
+
+        Returns:
+            Keys and values of the leading blocks that are still there.
+
+        Raises:
+            LeaseExpiredError: Look up again.
+            BlockCorruptError: Bytes were damaged on their way; nothing is returned.
+        """
+        layout = match.namespace.spec.layout
+        if pack == "worker":
+            from polarcache.client.codec import unpack_blocks
+
+            packed = self.retrieve_packed(match, first_block=first_block, num_blocks=num_blocks)
+            layers = unpack_blocks(match.namespace, packed.blocks)
+            count, reason = len(packed.blocks), packed.miss_reason
+        else:
+            with self._retrieve_call(match, first_block, num_blocks, packed=False) as call:
+                layers = []
+                for _ in self._receive(call, layers):
+                    pass
+            count, reason = call.num_blocks, call.miss_reason
+        return Retrieved(layers, count, count * layout.block_tokens, reason)
+
+    def retrieve_layers(
+        self, match: Match, *, first_block: int = 0, num_blocks: int | None = None
+    ) -> Iterator[LayerTensors]:
+        """Like `retrieve`, but yields K and V of each layer as soon as the layer has come.
+
+        The tensors hold the leading blocks that are still there, possibly none. When the call
+        fails in between, the error is raised in place of the next layer.
+        """
+        with self._retrieve_call(match, first_block, num_blocks, packed=False) as call:
+            layers: list[LayerTensors] = []
+            num_yielded = 0
+            for _ in self._receive(call, layers):
+                while num_yielded < call.layers_done:
+                    yield layers[num_yielded]
+                    num_yielded += 1
+
+    def retrieve_packed(
+        self, match: Match, *, first_block: int = 0, num_blocks: int | None = None
+    ) -> RetrievedPacked:
+        """Like `retrieve`, but returns the blocks in packed form."""
+        namespace = match.namespace
+        with self._retrieve_call(match, first_block, num_blocks, packed=True) as call:
+            received = run_retrieve(self._retrieve_stream, call, self._transfer_timeout_s)
+            next(received)
+            blocks = [bytearray(namespace.packed_block_bytes) for _ in range(call.num_blocks)]
+            call.write_to(
+                PackedSlices(namespace.spec.layout.num_layers, namespace.packed_slice_bytes, blocks)
+            )
+            for _ in received:
+                pass
+        return RetrievedPacked(blocks, call.miss_reason)
+
+    def delete(self, namespace: Namespace, block_keys: Sequence[bytes]) -> int:
+        """Removes blocks from every tier; how many were in one."""
+        request = pb.DeleteRequest(namespace_id=namespace.namespace_id, block_keys=block_keys)
+        response = self._reopening(namespace, lambda: self._unary(self._stub.Delete, request))
+        return int(response.num_deleted)
+
+    def stats(self) -> pb.StatsResponse:
+        """Counters and gauges of the service."""
+        return self._unary(self._stub.Stats, pb.StatsRequest())
+
+    def list_namespaces(self) -> Sequence[pb.NamespaceInfo]:
+        """Namespaces opened since the service started. For operators."""
+        request = pb.ListNamespacesRequest()
+        return self._unary(self._admin.ListNamespaces, request).namespaces
+
+    def clear(
+        self, namespace: Namespace | None = None, *, tiers: Sequence[Tier] = ()
+    ) -> pb.ClearResponse:
+        """Removes all blocks, or one namespace's, from the tiers; none named means all.
+
+        For operators.
+        """
+        return self._unary(self._admin.Clear, clear_request(namespace, tiers))
+
+    def set_memory_limit(self, limit_bytes: int) -> pb.SetMemoryLimitResponse:
+        """Sets the bytes that the memory tier may use; 0 restores all. For operators."""
+        request = pb.SetMemoryLimitRequest(limit_bytes=limit_bytes)
+        return self._unary(self._admin.SetMemoryLimit, request, self._transfer_timeout_s)
+
+    # -- inside -----------------------------------------------------------------------------
+
+    def _store(
+        self,
+        namespace: Namespace,
+        block_keys: Sequence[bytes],
+        slices: RawSlices | PackedSlices,
+        *,
+        durable: bool,
+    ) -> StoreResult:
+        frame_bytes = int(self._meet_service().limits.frame_bytes)
+        with self._borrowed(slices.slice_bytes) as slots:
+            call = StoreCall(
+                namespace,
+                block_keys,
+                slices,
+                frame_bytes=len(slots[0].view) if slots else frame_bytes,
+                slots=slots,
+                durable=durable,
+            )
+            return run_store(self._store_stream, call, self._transfer_timeout_s)
+
+    @contextmanager
+    def _retrieve_call(
+        self, match: Match, first_block: int, num_blocks: int | None, *, packed: bool
+    ) -> Iterator[RetrieveCall]:
+        namespace = match.namespace
+        slice_bytes = (
+            namespace.packed_slice_bytes if packed else namespace.spec.layout.raw_slice_bytes
+        )
+        with self._borrowed(slice_bytes) as slots:
+            yield RetrieveCall(
+                match, first_block=first_block, num_blocks=num_blocks, packed=packed, slots=slots
+            )
+
+    def _receive(self, call: RetrieveCall, layers: list[LayerTensors]) -> Iterator[None]:
+        received = run_retrieve(self._retrieve_stream, call, self._transfer_timeout_s)
+        next(received)
+        layout = call.match.namespace.spec.layout
+        layers.extend(empty_layers(layout, call.num_blocks))
+        call.write_to(RawSlices(layout, call.num_blocks, layers))
+        yield
+        yield from received
+
+    @contextmanager
+    def _borrowed(self, slice_bytes: int) -> Iterator[list[Slot]]:
+        """Slots of shared memory for one call, if there are any that hold a slice."""
+        memory = self._memory
+        if memory is None or memory.slot_bytes < slice_bytes:
+            yield []
+            return
+        slots = memory.borrow()
+        try:
+            yield slots
+        except BaseException:
+            # The service may still write to them: never lend this memory again.
+            self._drop_memory()
+            raise
+        memory.give_back(slots)
+
+    def _meet_service(self) -> pb.DescribeResponse:
+        """What the service said of itself; asks, and offers it shared memory, the first time."""
+        service = self._service
+        if service is not None:
+            return service
+        service = self.describe()
+        with self._lock:
+            if self._service is None and self._shared_memory_bytes:
+                self._memory = attach(
+                    service.local_socket, service.boot_id, self._shared_memory_bytes
+                )
+            self._service = service
+        return service
+
+    def _drop_memory(self) -> None:
+        with self._lock:
+            memory, self._memory = self._memory, None
+            self._service = None
+        if memory is not None:
+            memory.close()
+
+    def _reopening(self, namespace: Namespace, call: Callable[[], ResultT]) -> ResultT:
+        """Makes a call; opens the namespace again and repeats it if the service restarted."""
+        try:
+            return call()
+        except NamespaceUnknownError:
+            self._drop_memory()
+            self.open_namespace(namespace.spec)
+            return call()
+
+    def _unary(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
+        try:
+            return method(request, timeout=timeout_s or self._timeout_s)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error

@@ -1,0 +1,226 @@
+"""Codec: whole slices to packed bytes and back, on the CPU or a CUDA device.
+
+The only module that checks tensors and that knows which algorithm a profile names.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from polarcache.kernels import values
+from polarcache.kernels.bits import pack_bits, unpack_bits
+from polarcache.kernels.errors import NonFiniteError, ShapeError
+from polarcache.kernels.layout import BlockShape, Field, PackedLayout
+from polarcache.kernels.polar import pair, recursive
+from polarcache.kernels.profile import Exact, Integer, KeyCodec, Pair, Profile, ValueCodec
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Four slices at a time share the per-call overhead and still fit a core's caches (measured on one
+# EPYC core, 2026-11-24, T128 H8 D128); a GPU takes what fits 64 MiB of fp32.
+_CPU_CHUNK_SLICES = 4
+_GPU_CHUNK_BYTES = 64 << 20
+
+_Numbers = dict[str, Tensor]
+
+
+class Codec:
+    """Encodes and decodes slices of one profile, shape and dtype; holds no buffers, thread-safe.
+
+    Attributes:
+        profile: how keys and values are coded.
+        shape: shape of one layer of one block.
+        dtype: the namespace dtype: fp16, bf16 or fp32.
+        layout: where the bytes of a packed slice lie.
+    """
+
+    def __init__(self, profile: Profile, shape: BlockShape, dtype: torch.dtype) -> None:
+        """Lays out the packed slice.
+
+        Raises:
+            ShapeError: the dtype is none of the three, or a group does not divide the shape.
+        """
+        if dtype not in _DTYPES:
+            raise ShapeError(f"dtype {dtype}: expected float16, bfloat16 or float32")
+        self.profile = profile
+        self.shape = shape
+        self.dtype = dtype
+        self.layout = PackedLayout.of(profile, shape, dtype.itemsize)
+
+    def encode(self, keys: Tensor, values: Tensor, out: Tensor) -> None:
+        """Packs slices. Exact sides are copied unseen; other sides must be finite.
+
+        Args:
+            keys: [N, T, Hkv, D] of the codec's dtype, or fp32 where the key codec is not exact;
+                any strides but a contiguous last dim.
+            values: [N, T, Hkv, Dv], likewise.
+            out: uint8 [N, slice_bytes], last dim contiguous; every byte is written once.
+
+        Raises:
+            ShapeError: a tensor differs from the above, or the devices differ.
+            NonFiniteError: NaN, infinity, or a magnitude beyond fp16 parameters; `out` is then
+                undefined.
+        """
+        self._check(keys, values, out)
+        peaks: dict[str, list[Tensor]] = {"keys": [], "values": []}
+        for chunk in self._chunks(out):
+            for side, codec, x in self._sides(keys[chunk], values[chunk]):
+                numbers = _encode_side(codec, self.shape, x)
+                for name, tensor in numbers.items():
+                    _write(self._field(side, name), tensor, out[chunk])
+                peak = _peak(numbers)
+                if peak is not None:
+                    peaks[f"{side}s"].append(peak)
+            for pad in self.layout.pads():
+                out[chunk, pad].zero_()
+        for name, of_chunks in peaks.items():
+            if of_chunks:
+                _check_finite(name, torch.cat(of_chunks))
+
+    def decode(self, packed: Tensor, keys_out: Tensor, values_out: Tensor) -> None:
+        """Unpacks slices into given tensors.
+
+        Args:
+            packed: uint8 [N, slice_bytes], last dim contiguous.
+            keys_out: [N, T, Hkv, D] of the codec's dtype, or fp32 where the key codec is not
+                exact; any strides but a contiguous last dim; every element is written once.
+            values_out: [N, T, Hkv, Dv], likewise.
+
+        Raises:
+            ShapeError: a tensor differs from the above, or the devices differ.
+        """
+        self._check(keys_out, values_out, packed)
+        for chunk in self._chunks(packed):
+            for side, codec, out in self._sides(keys_out[chunk], values_out[chunk]):
+                numbers = {
+                    field.name.removeprefix(f"{side}_"): _read(field, packed[chunk])
+                    for field in self.layout.fields
+                    if field.name.startswith(f"{side}_")
+                }
+                _decode_side(codec, self.shape, numbers, out)
+
+    def _sides(
+        self, keys: Tensor, values: Tensor
+    ) -> tuple[tuple[str, KeyCodec, Tensor], tuple[str, ValueCodec, Tensor]]:
+        return ("key", self.profile.key, keys), ("value", self.profile.value, values)
+
+    def _field(self, side: str, name: str) -> Field:
+        return next(field for field in self.layout.fields if field.name == f"{side}_{name}")
+
+    def _chunks(self, packed: Tensor) -> Iterator[slice]:
+        """Yields slice ranges small enough for temporaries to stay in cache or memory."""
+        shape = self.shape
+        step = _CPU_CHUNK_SLICES
+        if packed.device.type != "cpu":
+            widest = max(shape.head_dim, shape.v_head_dim)
+            step = max(1, _GPU_CHUNK_BYTES // (4 * shape.tokens * shape.kv_heads * widest))
+        for start in range(0, packed.shape[0], step):
+            yield slice(start, start + step)
+
+    def _check(self, keys: Tensor, values: Tensor, packed: Tensor) -> None:
+        """Raises ShapeError unless all three tensors fit this codec and each other."""
+        shape = self.shape
+        if packed.dim() != 2 or packed.dtype != torch.uint8 or packed.stride(1) != 1:
+            raise ShapeError(
+                f"packed {packed.dtype} {tuple(packed.shape)}: expected uint8 "
+                f"[N, {self.layout.slice_bytes}] with a contiguous last dim"
+            )
+        if packed.shape[1] != self.layout.slice_bytes:
+            raise ShapeError(
+                f"packed slices of {packed.shape[1]} bytes: expected {self.layout.slice_bytes}"
+            )
+        for name, codec, tensor, head_dim in (
+            ("keys", self.profile.key, keys, shape.head_dim),
+            ("values", self.profile.value, values, shape.v_head_dim),
+        ):
+            expected = (packed.shape[0], shape.tokens, shape.kv_heads, head_dim)
+            if tuple(tensor.shape) != expected:
+                raise ShapeError(f"{name} {tuple(tensor.shape)}: expected {expected}")
+            if tensor.stride(-1) != 1:
+                raise ShapeError(f"{name}: expected a contiguous last dim")
+            if tensor.device != packed.device:
+                raise ShapeError(f"{name} on {tensor.device}: expected {packed.device}")
+            if tensor.dtype == self.dtype:
+                continue
+            if isinstance(codec, Exact) or tensor.dtype != torch.float32:
+                also = "" if isinstance(codec, Exact) else " or torch.float32"
+                raise ShapeError(f"{name} {tensor.dtype}: expected {self.dtype}{also}")
+
+
+def _encode_side(codec: KeyCodec | ValueCodec, shape: BlockShape, x: Tensor) -> _Numbers:
+    """Returns the numbers of every field of one side, named as in the layout."""
+    if isinstance(codec, Exact):
+        return {"elements": x}
+    if isinstance(codec, Pair):
+        codes, parameters = pair.encode(x, codec, shape)
+        return {"codes": codes, "parameters": parameters}
+    if isinstance(codec, Integer):
+        codes, scales, zeros = values.encode(x, codec.bits, codec.channels_per_group(x.shape[-1]))
+        return {"codes": codes, "scales": scales, "zeros": zeros}
+    tree = recursive.encode(x, codec)
+    numbers = {f"level{level}": codes for level, codes in enumerate(tree.levels, start=1)}
+    numbers["radii"] = tree.radii
+    if tree.codebook is not None:
+        numbers["codebook"] = tree.codebook
+    return numbers
+
+
+def _decode_side(
+    codec: KeyCodec | ValueCodec, shape: BlockShape, numbers: _Numbers, out: Tensor
+) -> None:
+    """Decodes one side from the numbers of its fields."""
+    if isinstance(codec, Exact):
+        out.view(torch.uint8).copy_(numbers["elements"].view(out.view(torch.uint8).shape))
+    elif isinstance(codec, Pair):
+        pair.decode(numbers["codes"], numbers["parameters"], codec, shape, out)
+    elif isinstance(codec, Integer):
+        values.decode(numbers["codes"], numbers["scales"], numbers["zeros"], out)
+    else:
+        levels = tuple(numbers[f"level{level}"] for level in range(1, 5))
+        tree = recursive.Codes(levels, numbers["radii"], numbers.get("codebook"))
+        recursive.decode(tree, codec, out)
+
+
+def _write(field: Field, tensor: Tensor, out: Tensor) -> None:
+    """Writes one field of uint8 [N, slice_bytes]."""
+    target = out[:, field.offset : field.offset + field.num_bytes]
+    if field.dtype == "code":
+        pack_bits(tensor.flatten(1), field.bits, target)
+        return
+    source = tensor.view(torch.uint8)
+    target.view(source.shape).copy_(source)
+
+
+def _read(field: Field, packed: Tensor) -> Tensor:
+    """Reads one field of uint8 [N, slice_bytes]; elements stay bytes."""
+    source = packed[:, field.offset : field.offset + field.num_bytes]
+    if field.dtype == "element":
+        return source
+    shape = (packed.shape[0], *field.shape)
+    if field.dtype == "code":
+        num_codes = field.num_bytes * 8 // field.bits
+        return unpack_bits(source, field.bits, num_codes).view(shape)
+    # The copy is aligned, whatever the address of `packed`.
+    return source.clone(memory_format=torch.contiguous_format).view(torch.float16).view(shape)
+
+
+def _peak(numbers: _Numbers) -> Tensor | None:
+    """Returns the largest fp16 parameter of each slice, [N]; NaN and infinity survive."""
+    peaks = [
+        tensor.flatten(1).float().abs_().amax(1)
+        for name, tensor in numbers.items()
+        if name != "elements" and tensor.dtype == torch.float16
+    ]
+    if not peaks:
+        return None
+    return torch.stack(peaks).amax(0)
+
+
+def _check_finite(name: str, peaks: Tensor) -> None:
+    """Raises NonFiniteError for the first slice whose parameters are not finite."""
+    bad = torch.nonzero(~torch.isfinite(peaks))
+    if bad.numel():
+        raise NonFiniteError(
+            f"{name} of slice {int(bad[0])}: expected finite numbers whose pair radius, value "
+            "range or block norm fits fp16 (65504)"
+        )

@@ -1,0 +1,1 @@
+"""Polar codecs: RoPE pairs (`pair`) and rotated 16-channel trees (`recursive`)."""

@@ -1,0 +1,104 @@
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from polarcache.kernels import Exact, Integer, Pair, Profile, ProfileError, Recursive
+
+recursives = st.builds(
+    Recursive, st.sampled_from(["analytic", "kmeans"]), st.integers(0, 2**32 - 1)
+)
+pairs = st.tuples(st.integers(1, 7), st.integers(1, 7)).filter(lambda bits: 3 <= sum(bits) <= 8)
+key_codecs = st.one_of(
+    st.just(Exact()),
+    recursives,
+    st.builds(
+        lambda bits, angles, group: Pair(*bits, angles, group),
+        pairs,
+        st.sampled_from(["arc", "minmax"]),
+        st.sampled_from([32, 64, 128, 256]),
+    ),
+)
+value_codecs = st.one_of(
+    st.just(Exact()),
+    recursives,
+    st.builds(Integer, st.sampled_from([2, 4]), st.one_of(st.none(), st.integers(1, 256))),
+)
+
+
+@given(st.builds(Profile, key_codecs, value_codecs))
+def test_profile_text_parses_back_to_an_equal_profile(profile: Profile) -> None:
+    assert Profile.parse(str(profile)) == profile
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [
+        ("exact", "exact"),
+        ("k=exact,v=exact", "exact"),
+        ("k=fp16,v=bf16", "exact"),
+        ("k=pair,v=int4", "k=pair:r4t4,v=int4"),
+        ("k=pair:r4t4,v=int4", "k=pair:r4t4,v=int4"),
+        ("k=pair:g64:minmax:r3t5,v=exact", "k=pair:r3t5:minmax:g64,v=exact"),
+        ("k=pair:arc:g128,v=int2:g32", "k=pair:r4t4,v=int2"),
+        ("k=exact,v=int4:g64", "k=exact,v=int4:g64"),
+        ("k=recursive:seed7:kmeans,v=recursive:seed0", "k=recursive:kmeans:seed7,v=recursive"),
+    ],
+)
+def test_profile_text_is_canonical(text: str, canonical: str) -> None:
+    assert str(Profile.parse(text)) == canonical
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "pair",
+        "k=pair",
+        "k=int4,v=int4",
+        "k=int2,v=exact",
+        "k=exact,v=pair",
+        "k=exact,v=int3",
+        "k=exact,v=int8",
+        "v=int4,k=exact",
+        "k=exact, v=exact",
+        "k=exact,v=exact,",
+        "k=exact:g32,v=exact",
+        "k=pair:r0t4,v=exact",
+        "k=pair:r4t0,v=exact",
+        "k=pair:r1t1,v=exact",
+        "k=pair:r4t5,v=exact",
+        "k=pair:r04t4,v=exact",
+        "k=pair:g96,v=exact",
+        "k=pair:g64:g64,v=exact",
+        "k=pair:arc:minmax,v=exact",
+        "k=pair:kmeans,v=exact",
+        "k=exact,v=int4:g0",
+        "k=exact,v=int4:g257",
+        "k=exact,v=int4:r4t4",
+        "k=recursive:seed-1,v=exact",
+        "k=recursive:seed4294967296,v=exact",
+        "k=PAIR,v=exact",
+        "k=pair:,v=exact",
+        "exact\n",
+    ],
+)
+def test_profile_outside_the_grammar_is_refused(text: str) -> None:
+    with pytest.raises(ProfileError, match="expected"):
+        Profile.parse(text)
+
+
+def test_integer_keys_are_refused_with_what_is_allowed() -> None:
+    with pytest.raises(ProfileError, match=r"for keys one of exact, pair.*recursive"):
+        Profile.parse("k=int4,v=int4")
+
+
+def test_pure_modules_import_neither_torch_nor_numpy() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None; sys.modules['numpy'] = None\n"
+        "import polarcache.kernels.profile, polarcache.kernels.layout, polarcache.kernels\n"
+        "assert str(polarcache.kernels.Profile.parse('k=pair,v=int4')) == 'k=pair:r4t4,v=int4'"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=60)
