@@ -26,11 +26,13 @@ def check_packed(layout: PackedLayout, dtype: torch.dtype, packed: Tensor) -> No
     Args:
         layout: Layout of the slices.
         dtype: Namespace dtype, that of pass-through elements.
-        packed: uint8 [N, slice_bytes], last dim contiguous.
+        packed: uint8 [N, slice_bytes], last dim contiguous, rows at multiples of 4 bytes.
 
     Raises:
         NonFiniteError: A number is NaN or infinite.
     """
+    if packed.shape[0] == 0:
+        return
     for field in layout.fields:
         if field.dtype == "code":
             continue
