@@ -10,6 +10,7 @@ own user; the region is unmapped once the worker closes the connection and no ca
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import mmap
@@ -62,7 +63,7 @@ class LocalSocket:
     """Accepts shared-memory regions.
 
     Args:
-        path: Where to listen; a stale socket there is replaced.
+        path: Where to listen. Sockets of crashed services beside it are removed.
         boot_id: Told to workers, so that they notice another service's socket.
         limit_bytes: Most bytes of all regions together.
     """
@@ -74,7 +75,7 @@ class LocalSocket:
         self._lock = threading.Lock()
         self._regions: dict[int, SharedRegion] = {}
         self._used_bytes = 0
-        path.unlink(missing_ok=True)
+        _remove_stale(path.parent)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         previous = os.umask(0o177)
         try:
@@ -162,3 +163,10 @@ class LocalSocket:
             region = self._regions.pop(region_id, None)
             if region is not None:
                 self._used_bytes -= region.num_bytes
+
+
+def _remove_stale(directory: Path) -> None:
+    for path in directory.glob("local-*.sock"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            if probe.connect_ex(str(path)) == errno.ECONNREFUSED:
+                path.unlink(missing_ok=True)

@@ -1,21 +1,19 @@
-"""The asyncio client: method for method the blocking one."""
+"""The asyncio client: the blocking one, method for method, in threads of its own.
+
+Threads rather than `grpc.aio`: there a write that fails because the service refused the call
+hides the refusal, and copying blocks would hold up the event loop.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-import grpc
-
-from polarcache.client._async_streams import run_retrieve, run_store
-from polarcache.client._channel import DEFAULT_ENDPOINT, channel_options, grpc_target
-from polarcache.client._messages import clear_request, lookup_request, match_of, namespace_of
-from polarcache.client._region import SharedMemory, Slot, attach
-from polarcache.client._retrieve_call import RetrieveCall
-from polarcache.client._slices import PackedSlices, RawSlices, empty_layers
-from polarcache.client._store_call import StoreCall
+from polarcache.client._channel import DEFAULT_ENDPOINT
+from polarcache.client._sync import Client
 from polarcache.client._types import (
     LayerTensors,
     Match,
@@ -26,29 +24,28 @@ from polarcache.client._types import (
     StoreResult,
     Tier,
 )
-from polarcache.proto.errors import NamespaceUnknownError
 from polarcache.proto.frames import Buffer
 from polarcache.proto.layout import NamespaceSpec
-from polarcache.proto.status import error_from_rpc
 from polarcache.proto.v1 import polarcache_pb2 as pb
-from polarcache.proto.v1 import polarcache_pb2_grpc as stubs
 
 __all__ = ["AsyncClient"]
 
+P = ParamSpec("P")
 ResultT = TypeVar("ResultT")
+_MAX_THREADS = 16
 
 
 class AsyncClient:
-    """Talks to one cache service, from one event loop. Create it inside that loop.
+    """`Client` for asyncio: the same methods, parameters, results and errors.
 
-    Every method ends within its deadline and raises a `PolarCacheError` when it fails. A service
-    that restarted is noticed and its namespaces are opened again.
+    A call whose task is cancelled ends in its thread, at its deadline at the latest; its result
+    is dropped. At most 16 calls run at once, further ones wait.
 
     Args:
-        endpoint: `grpc://host:port` or `grpc+unix:///path`.
-        timeout_s: Deadline of calls that move no blocks, seconds.
-        transfer_timeout_s: Deadline of calls that do, seconds.
-        shared_memory_bytes: Memory to share with a service on the same host; 0 for none.
+        endpoint: As for `Client`.
+        timeout_s: As for `Client`.
+        transfer_timeout_s: As for `Client`.
+        shared_memory_bytes: As for `Client`.
 
     Raises:
         InvalidRequestError: The endpoint is malformed.
@@ -62,16 +59,13 @@ class AsyncClient:
         transfer_timeout_s: float = 60.0,
         shared_memory_bytes: int = 64 << 20,
     ) -> None:
-        self._timeout_s = timeout_s
-        self._transfer_timeout_s = transfer_timeout_s
-        self._shared_memory_bytes = shared_memory_bytes
-        self._channel = grpc.aio.insecure_channel(grpc_target(endpoint), options=channel_options())
-        self._stub = stubs.KvCacheStub(self._channel)
-        self._admin = stubs.KvCacheAdminStub(self._channel)
-        self._store_stream = self._channel.stream_stream("/polarcache.v1.KvCache/Store")
-        self._retrieve_stream = self._channel.stream_stream("/polarcache.v1.KvCache/Retrieve")
-        self._service: pb.DescribeResponse | None = None
-        self._memory: SharedMemory | None = None
+        self._client = Client(
+            endpoint,
+            timeout_s=timeout_s,
+            transfer_timeout_s=transfer_timeout_s,
+            shared_memory_bytes=shared_memory_bytes,
+        )
+        self._threads = ThreadPoolExecutor(_MAX_THREADS, thread_name_prefix="polarcache-client")
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -85,27 +79,17 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection; calls under way fail."""
-        await self._channel.close()
-        self._drop_memory()
+        """See `Client.close`."""
+        self._client.close()
+        self._threads.shutdown(wait=False)
 
     async def describe(self) -> pb.DescribeResponse:
-        """Who the service is, what it accepts and how well it is."""
-        return await self._unary(self._stub.Describe, pb.DescribeRequest())
+        """See `Client.describe`."""
+        return await self._run(self._client.describe)
 
     async def open_namespace(self, spec: NamespaceSpec) -> Namespace:
-        """Registers a namespace.
-
-        Args:
-            spec: Its definition.
-
-        Raises:
-            InvalidRequestError: The profile is unknown or does not fit the geometry.
-            LayoutMismatchError: The model identity was opened with another geometry.
-        """
-        await self._meet_service()
-        request = pb.OpenNamespaceRequest(namespace=spec.to_proto())
-        return namespace_of(spec, await self._unary(self._stub.OpenNamespace, request))
+        """See `Client.open_namespace`."""
+        return await self._run(self._client.open_namespace, spec)
 
     async def lookup(
         self,
@@ -115,23 +99,14 @@ class AsyncClient:
         lease_ms: int = 0,
         lease: bool = True,
     ) -> Match:
-        """The longest stored prefix.
-
-        Args:
-            namespace: Namespace of the blocks.
-            block_keys: Keys from token 0 on.
-            lease_ms: Wanted life of the lease, milliseconds; 0 for the service's default.
-            lease: Whether to take a lease, without which the blocks cannot be read.
-        """
-        request = lookup_request(namespace, block_keys, lease_ms, lease=lease)
-        response = await self._reopening(namespace, lambda: self._unary(self._stub.Lookup, request))
-        return match_of(namespace, response)
+        """See `Client.lookup`."""
+        return await self._run(
+            self._client.lookup, namespace, block_keys, lease_ms=lease_ms, lease=lease
+        )
 
     async def release(self, match: Match) -> None:
-        """Gives a match's lease back before it expires."""
-        if match.lease_id:
-            request = pb.ReleaseLeaseRequest(lease_id=match.lease_id)
-            await self._unary(self._stub.ReleaseLease, request)
+        """See `Client.release`."""
+        await self._run(self._client.release, match)
 
     async def store(
         self,
@@ -142,31 +117,9 @@ class AsyncClient:
         pack: PackWhere = "service",
         durable: bool = False,
     ) -> StoreResult:
-        """Stores the blocks of consecutive tokens. All of them become visible, or none.
-
-        Args:
-            namespace: Namespace of the blocks.
-            block_keys: Their keys.
-            layers: For each layer K [T, Hkv, D] and V [T, Hkv, Dv] in the namespace's dtype,
-                T = len(block_keys) * block_tokens; torch tensors, or C-contiguous buffers.
-            pack: Where the codec runs; "worker" sends packed bytes.
-            durable: Whether to wait until Redis confirmed the blocks.
-
-        Raises:
-            LayoutMismatchError: The tensors do not fit the namespace.
-            NonFiniteError: Keys or values hold NaN, infinity, or what the codec cannot carry.
-            CapacityError: There is no room.
-            TierUnavailableError: `durable`, and Redis did not confirm.
-        """
-        if pack == "worker":
-            from polarcache.client.codec import pack_blocks
-
-            return await self.store_packed(
-                namespace, block_keys, pack_blocks(namespace, layers), durable=durable
-            )
-        slices = RawSlices(namespace.spec.layout, len(block_keys), layers)
-        return await self._reopening(
-            namespace, lambda: self._store(namespace, block_keys, slices, durable=durable)
+        """See `Client.store`."""
+        return await self._run(
+            self._client.store, namespace, block_keys, layers, pack=pack, durable=durable
         )
 
     async def store_packed(
@@ -177,23 +130,9 @@ class AsyncClient:
         *,
         durable: bool = False,
     ) -> StoreResult:
-        """Stores packed blocks, as `polarcache.client.codec.pack_blocks` makes them.
-
-        Args:
-            namespace: Namespace of the blocks.
-            block_keys: Their keys.
-            blocks: One buffer of `namespace.packed_block_bytes` bytes a block.
-            durable: Whether to wait until Redis confirmed the blocks.
-
-        Raises:
-            LayoutMismatchError: A buffer is of another length.
-            CapacityError: There is no room.
-            TierUnavailableError: `durable`, and Redis did not confirm.
-        """
-        layout = namespace.spec.layout
-        slices = PackedSlices(layout.num_layers, namespace.packed_slice_bytes, blocks)
-        return await self._reopening(
-            namespace, lambda: self._store(namespace, block_keys, slices, durable=durable)
+        """See `Client.store_packed`."""
+        return await self._run(
+            self._client.store_packed, namespace, block_keys, blocks, durable=durable
         )
 
     async def retrieve(
@@ -204,190 +143,57 @@ class AsyncClient:
         num_blocks: int | None = None,
         pack: PackWhere = "service",
     ) -> Retrieved:
-        """Reads leased blocks.
-
-        Args:
-            match: From `lookup`.
-            first_block: First block to read.
-            num_blocks: Blocks to read; None for all from there on.
-            pack: Where the codec runs; "worker" receives packed bytes.
-
-        Returns:
-            Keys and values of the leading blocks that are still there.
-
-        Raises:
-            LeaseExpiredError: Look up again.
-            BlockCorruptError: Bytes were damaged on their way; nothing is returned.
-        """
-        layout = match.namespace.spec.layout
-        if pack == "worker":
-            from polarcache.client.codec import unpack_blocks
-
-            packed = await self.retrieve_packed(
-                match, first_block=first_block, num_blocks=num_blocks
-            )
-            layers = unpack_blocks(match.namespace, packed.blocks)
-            count, reason = len(packed.blocks), packed.miss_reason
-        else:
-            with self._retrieve_call(match, first_block, num_blocks, packed=False) as call:
-                layers = []
-                async for _ in self._receive(call, layers):
-                    pass
-            count, reason = call.num_blocks, call.miss_reason
-        return Retrieved(layers, count, count * layout.block_tokens, reason)
+        """See `Client.retrieve`."""
+        return await self._run(
+            self._client.retrieve,
+            match,
+            first_block=first_block,
+            num_blocks=num_blocks,
+            pack=pack,
+        )
 
     async def retrieve_layers(
         self, match: Match, *, first_block: int = 0, num_blocks: int | None = None
     ) -> AsyncIterator[LayerTensors]:
-        """Like `retrieve`, but yields K and V of each layer as soon as the layer has come.
-
-        The tensors hold the leading blocks that are still there, possibly none. When the call
-        fails in between, the error is raised in place of the next layer.
-        """
-        with self._retrieve_call(match, first_block, num_blocks, packed=False) as call:
-            layers: list[LayerTensors] = []
-            num_yielded = 0
-            async for _ in self._receive(call, layers):
-                while num_yielded < call.layers_done:
-                    yield layers[num_yielded]
-                    num_yielded += 1
+        """See `Client.retrieve_layers`."""
+        layers = self._client.retrieve_layers(match, first_block=first_block, num_blocks=num_blocks)
+        try:
+            while (layer := await self._run(next, layers, None)) is not None:
+                yield layer
+        finally:
+            await self._run(layers.close)
 
     async def retrieve_packed(
         self, match: Match, *, first_block: int = 0, num_blocks: int | None = None
     ) -> RetrievedPacked:
-        """Like `retrieve`, but returns the blocks in packed form."""
-        namespace = match.namespace
-        with self._retrieve_call(match, first_block, num_blocks, packed=True) as call:
-            received = run_retrieve(self._retrieve_stream, call, self._transfer_timeout_s)
-            await anext(received)
-            blocks = [bytearray(namespace.packed_block_bytes) for _ in range(call.num_blocks)]
-            call.write_to(
-                PackedSlices(namespace.spec.layout.num_layers, namespace.packed_slice_bytes, blocks)
-            )
-            async for _ in received:
-                pass
-        return RetrievedPacked(blocks, call.miss_reason)
+        """See `Client.retrieve_packed`."""
+        return await self._run(
+            self._client.retrieve_packed, match, first_block=first_block, num_blocks=num_blocks
+        )
 
     async def delete(self, namespace: Namespace, block_keys: Sequence[bytes]) -> int:
-        """Removes blocks from every tier; how many were in one."""
-        request = pb.DeleteRequest(namespace_id=namespace.namespace_id, block_keys=block_keys)
-        response = await self._reopening(namespace, lambda: self._unary(self._stub.Delete, request))
-        return int(response.num_deleted)
+        """See `Client.delete`."""
+        return await self._run(self._client.delete, namespace, block_keys)
 
     async def stats(self) -> pb.StatsResponse:
-        """Counters and gauges of the service."""
-        return await self._unary(self._stub.Stats, pb.StatsRequest())
+        """See `Client.stats`."""
+        return await self._run(self._client.stats)
 
     async def list_namespaces(self) -> Sequence[pb.NamespaceInfo]:
-        """Namespaces opened since the service started. For operators."""
-        request = pb.ListNamespacesRequest()
-        return (await self._unary(self._admin.ListNamespaces, request)).namespaces
+        """See `Client.list_namespaces`."""
+        return await self._run(self._client.list_namespaces)
 
     async def clear(
         self, namespace: Namespace | None = None, *, tiers: Sequence[Tier] = ()
     ) -> pb.ClearResponse:
-        """Removes all blocks, or one namespace's, from the tiers; none named means all.
-
-        For operators.
-        """
-        return await self._unary(self._admin.Clear, clear_request(namespace, tiers))
+        """See `Client.clear`."""
+        return await self._run(self._client.clear, namespace, tiers=tiers)
 
     async def set_memory_limit(self, limit_bytes: int) -> pb.SetMemoryLimitResponse:
-        """Sets the bytes that the memory tier may use; 0 restores all. For operators."""
-        request = pb.SetMemoryLimitRequest(limit_bytes=limit_bytes)
-        return await self._unary(self._admin.SetMemoryLimit, request, self._transfer_timeout_s)
+        """See `Client.set_memory_limit`."""
+        return await self._run(self._client.set_memory_limit, limit_bytes)
 
-    # -- inside -----------------------------------------------------------------------------
-
-    async def _store(
-        self,
-        namespace: Namespace,
-        block_keys: Sequence[bytes],
-        slices: RawSlices | PackedSlices,
-        *,
-        durable: bool,
-    ) -> StoreResult:
-        frame_bytes = int((await self._meet_service()).limits.frame_bytes)
-        with self._borrowed(slices.slice_bytes) as slots:
-            call = StoreCall(
-                namespace,
-                block_keys,
-                slices,
-                frame_bytes=len(slots[0].view) if slots else frame_bytes,
-                slots=slots,
-                durable=durable,
-            )
-            return await run_store(self._store_stream, call, self._transfer_timeout_s)
-
-    @contextmanager
-    def _retrieve_call(
-        self, match: Match, first_block: int, num_blocks: int | None, *, packed: bool
-    ) -> Iterator[RetrieveCall]:
-        namespace = match.namespace
-        slice_bytes = (
-            namespace.packed_slice_bytes if packed else namespace.spec.layout.raw_slice_bytes
-        )
-        with self._borrowed(slice_bytes) as slots:
-            yield RetrieveCall(
-                match, first_block=first_block, num_blocks=num_blocks, packed=packed, slots=slots
-            )
-
-    async def _receive(self, call: RetrieveCall, layers: list[LayerTensors]) -> AsyncIterator[None]:
-        received = run_retrieve(self._retrieve_stream, call, self._transfer_timeout_s)
-        await anext(received)
-        layout = call.match.namespace.spec.layout
-        layers.extend(empty_layers(layout, call.num_blocks))
-        call.write_to(RawSlices(layout, call.num_blocks, layers))
-        yield
-        async for _ in received:
-            yield
-
-    @contextmanager
-    def _borrowed(self, slice_bytes: int) -> Iterator[list[Slot]]:
-        """Slots of shared memory for one call, if there are any that hold a slice."""
-        memory = self._memory
-        if memory is None or memory.slot_bytes < slice_bytes:
-            yield []
-            return
-        slots = memory.borrow()
-        try:
-            yield slots
-        except BaseException:
-            # The service may still write to them: never lend this memory again.
-            self._drop_memory()
-            raise
-        memory.give_back(slots)
-
-    async def _meet_service(self) -> pb.DescribeResponse:
-        """What the service said of itself; asks, and offers it shared memory, the first time."""
-        service = self._service
-        if service is not None:
-            return service
-        service = await self.describe()
-        if self._service is None and self._shared_memory_bytes:
-            self._memory = attach(service.local_socket, service.boot_id, self._shared_memory_bytes)
-        self._service = service
-        return service
-
-    def _drop_memory(self) -> None:
-        memory, self._memory = self._memory, None
-        self._service = None
-        if memory is not None:
-            memory.close()
-
-    async def _reopening(
-        self, namespace: Namespace, call: Callable[[], Awaitable[ResultT]]
+    async def _run(
+        self, method: Callable[P, ResultT], *args: P.args, **kwargs: P.kwargs
     ) -> ResultT:
-        """Makes a call; opens the namespace again and repeats it if the service restarted."""
-        try:
-            return await call()
-        except NamespaceUnknownError:
-            self._drop_memory()
-            await self.open_namespace(namespace.spec)
-            return await call()
-
-    async def _unary(self, method: Any, request: Any, timeout_s: float | None = None) -> Any:
-        try:
-            return await method(request, timeout=timeout_s or self._timeout_s)
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
+        return await asyncio.wrap_future(self._threads.submit(method, *args, **kwargs))

@@ -20,7 +20,8 @@ class StoreCall:
     Args:
         namespace: Namespace of the blocks.
         block_keys: Their keys.
-        slices: Their bytes.
+        slices: The bytes of these and other blocks.
+        first_block: Where the first of the keys is in `slices`.
         frame_bytes: Payload bytes of a frame, at least one slice is sent.
         slots: Shared memory for the payloads; empty to send them in messages.
         durable: Whether Redis must confirm.
@@ -32,6 +33,7 @@ class StoreCall:
         block_keys: Sequence[bytes],
         slices: RawSlices | PackedSlices,
         *,
+        first_block: int,
         frame_bytes: int,
         slots: list[Slot],
         durable: bool,
@@ -39,6 +41,7 @@ class StoreCall:
         self._namespace = namespace
         self._block_keys = block_keys
         self._slices = slices
+        self._first_block = first_block
         self._durable = durable
         self._frames: Iterator[list[tuple[int, int]]] = iter(())
         self._per_frame = max(1, frame_bytes // slices.slice_bytes)
@@ -91,7 +94,7 @@ class StoreCall:
         spans: list[pb.Span] = []
         parts: list[list[Buffer]] = []
         for block_index, layer in slices:
-            piece = self._slices.parts(block_index, layer)
+            piece = self._slices.parts(self._first_block + block_index, layer)
             last = spans[-1] if spans else None
             if last and last.block_index == block_index:
                 last.num_layers += 1

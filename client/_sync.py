@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, TypeVar
@@ -144,7 +144,11 @@ class Client:
         pack: PackWhere = "service",
         durable: bool = False,
     ) -> StoreResult:
-        """Stores the blocks of consecutive tokens. All of them become visible, or none.
+        """Stores the blocks of consecutive tokens.
+
+        A block becomes visible when all of it has arrived and its checksums hold, and never
+        before the blocks before it. What does not fit an eighth of the service's memory goes in
+        several calls, each of which makes all of its blocks visible at once.
 
         Args:
             namespace: Namespace of the blocks.
@@ -238,7 +242,7 @@ class Client:
 
     def retrieve_layers(
         self, match: Match, *, first_block: int = 0, num_blocks: int | None = None
-    ) -> Iterator[LayerTensors]:
+    ) -> Generator[LayerTensors, None, None]:
         """Like `retrieve`, but yields K and V of each layer as soon as the layer has come.
 
         The tensors hold the leading blocks that are still there, possibly none. When the call
@@ -307,17 +311,27 @@ class Client:
         *,
         durable: bool,
     ) -> StoreResult:
-        frame_bytes = int(self._meet_service().limits.frame_bytes)
-        with self._borrowed(slices.slice_bytes) as slots:
-            call = StoreCall(
-                namespace,
-                block_keys,
-                slices,
-                frame_bytes=len(slots[0].view) if slots else frame_bytes,
-                slots=slots,
-                durable=durable,
-            )
-            return run_store(self._store_stream, call, self._transfer_timeout_s)
+        """Stores in batches that take no more than an eighth of the service's memory each."""
+        limits = self._meet_service().limits
+        per_batch = limits.memory_bytes // 8 // namespace.packed_block_bytes
+        per_batch = max(1, min(per_batch, limits.max_blocks_per_call))
+        total = StoreResult(0, 0, 0)
+        for start in range(0, len(block_keys), per_batch):
+            with self._borrowed(slices.slice_bytes) as slots:
+                call = StoreCall(
+                    namespace,
+                    block_keys[start : start + per_batch],
+                    slices,
+                    first_block=start,
+                    frame_bytes=len(slots[0].view) if slots else limits.frame_bytes,
+                    slots=slots,
+                    durable=durable,
+                )
+                total += run_store(self._store_stream, call, self._transfer_timeout_s)
+        if per_batch < len(block_keys) <= limits.max_blocks_per_call:
+            # Has the service count the prefix as used in whole, so that its end is evicted first.
+            self.lookup(namespace, block_keys, lease=False)
+        return total
 
     @contextmanager
     def _retrieve_call(

@@ -109,6 +109,14 @@ class StoreResult:
     num_present: int
     sent_bytes: int
 
+    def __add__(self, other: StoreResult) -> StoreResult:
+        """What came of two stores together."""
+        return StoreResult(
+            self.num_stored + other.num_stored,
+            self.num_present + other.num_present,
+            self.sent_bytes + other.sent_bytes,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Retrieved:
