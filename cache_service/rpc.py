@@ -19,7 +19,7 @@ from google.protobuf.message_factory import GetMessageClass
 from polarcache.proto.errors import InternalError, PolarCacheError
 from polarcache.proto.status import status_of
 
-__all__ = ["method_handlers"]
+__all__ = ["as_typed", "method_handlers"]
 
 _log = logging.getLogger(__name__)
 
@@ -76,12 +76,21 @@ def _guard(behavior: Callable[..., Any]) -> Callable[..., Any]:
     return coroutine
 
 
+def as_typed(error: Exception, call: str) -> PolarCacheError:
+    """The error to tell the worker; what was not foreseen is logged under a request id.
+
+    Args:
+        error: What a handler raised.
+        call: Name of the call, for the log.
+    """
+    if isinstance(error, PolarCacheError):
+        _log.debug("%s refused: %s", call, error)
+        return error
+    request_id = secrets.token_hex(6)
+    _log.error("%s failed, request %s", call, request_id, exc_info=error)
+    return InternalError(f"unforeseen failure; the service's log has it as {request_id}")
+
+
 async def _abort(context: grpc.aio.ServicerContext, error: Exception, method: str) -> None:
-    if not isinstance(error, PolarCacheError):
-        request_id = secrets.token_hex(6)
-        _log.error("%s failed, request %s", method, request_id, exc_info=error)
-        error = InternalError(f"unforeseen failure; the service's log has it as {request_id}")
-    else:
-        _log.debug("%s refused: %s", method, error)
-    code, message, metadata = status_of(error)
+    code, message, metadata = status_of(as_typed(error, method))
     await context.abort(code, message, metadata)

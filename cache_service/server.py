@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import logging
 import secrets
 import signal
@@ -26,8 +25,10 @@ from polarcache.cache_service.servicer import KvCacheServicer
 from polarcache.cache_service.store import BlockStore
 from polarcache.cache_service.tiers.pool import PagePool
 from polarcache.cache_service.tiers.redis import RedisTier, redact_url
+from polarcache.cache_service.transfers import Transfers
 from polarcache.cache_service.workers import Workers
 from polarcache.proto.errors import InvalidRequestError, ServiceUnavailableError
+from polarcache.proto.malloc import keep_freed_memory
 from polarcache.proto.v1 import polarcache_pb2 as pb
 
 __all__ = ["Service", "run"]
@@ -68,21 +69,30 @@ class Service:
             self._redis = RedisTier(
                 url, timeout_s=config.redis_timeout_ms / 1000, ttl_s=config.redis_ttl_s
             )
-        self._local: LocalSocket | None = None
-        if config.shared_memory:
-            config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path = short_socket_path(config.state_dir.resolve(), f"local-{boot_id[:8]}.sock")
-            self._local = LocalSocket(path, boot_id, config.shared_memory_limit)
         memory = MemoryTier(PagePool(config.memory, device))
         self._store = BlockStore(memory, self._redis, counters)
         self._workers = Workers(config.cpu_threads)
+        namespaces = NamespaceRegistry(device, config.max_message_bytes // 2)
+        transfers = Transfers(self._store, namespaces, counters, config.max_blocks_per_call)
+        self._local: LocalSocket | None = None
+        if config.shared_memory:
+            config.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._local = LocalSocket(
+                short_socket_path(config.state_dir.resolve(), f"local-{boot_id[:8]}.sock"),
+                boot_id,
+                transfers,
+                limit_bytes=config.shared_memory_limit,
+                threads=config.cpu_threads,
+                idle_timeout_s=config.stream_idle_ms / 1000,
+            )
         self._servicer = KvCacheServicer(
             config,
             self._store,
-            NamespaceRegistry(device, config.max_message_bytes // 2),
+            namespaces,
             self._redis,
             self._local,
             counters,
+            transfers,
             self._workers,
             boot_id,
             str(device),
@@ -180,7 +190,7 @@ def run(config: ServiceConfig, port_file: Path | None = None) -> None:
         config: Settings.
         port_file: Where to write the port once the service listens.
     """
-    _keep_freed_memory()
+    keep_freed_memory()
     torch.set_num_threads(1)
     asyncio.run(_run(config, port_file))
 
@@ -214,12 +224,3 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise InvalidRequestError(f"device {name} was asked for, but torch sees no GPU")
     return device
-
-
-def _keep_freed_memory() -> None:
-    """Has glibc keep freed message buffers, whose page faults would halve the wire's speed."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3
-        mallopt(mmap_threshold, 32 << 20)
-        mallopt(trim_threshold, 512 << 20)

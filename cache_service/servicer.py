@@ -19,8 +19,9 @@ from polarcache.cache_service.local import LocalSocket
 from polarcache.cache_service.metrics import Counters
 from polarcache.cache_service.namespaces import NamespaceRegistry
 from polarcache.cache_service.store import BlockStore, Found
-from polarcache.cache_service.streams import BlockStreams, check_keys
+from polarcache.cache_service.streams import BlockStreams
 from polarcache.cache_service.tiers.redis import RedisTier
+from polarcache.cache_service.transfers import Transfers, check_keys
 from polarcache.cache_service.workers import Workers
 from polarcache.kernels.layout import LAYOUT_VERSION
 from polarcache.kernels.profile import KEY_CODECS, VALUE_CODECS
@@ -44,6 +45,7 @@ class KvCacheServicer:
         redis: The Redis tier, or None; asked for its health only.
         local: The local socket, or None.
         counters: Where to count.
+        transfers: Begins stores and retrieves.
         workers: Threads for what takes time.
         boot_id: Random for each start.
         device: Name of the memory tier's device.
@@ -57,6 +59,7 @@ class KvCacheServicer:
         redis: RedisTier | None,
         local: LocalSocket | None,
         counters: Counters,
+        transfers: Transfers,
         workers: Workers,
         boot_id: str,
         device: str,
@@ -72,7 +75,7 @@ class KvCacheServicer:
         self._start_s = time.monotonic()
         self.draining = False
         self._workers = workers
-        self._streams = BlockStreams(config, store, namespaces, local, counters, workers)
+        self._streams = BlockStreams(config, transfers, workers)
 
     # -- workers ----------------------------------------------------------------------------
 

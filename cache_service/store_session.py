@@ -20,7 +20,7 @@ __all__ = ["StoreSession"]
 class StoreSession:
     """Blocks on their way into the store.
 
-    `take` and `close` may run in different threads: a page is not freed while it is written.
+    `take` may run in several threads, and `close` beside it: no page is freed while it is written.
 
     Args:
         store: The store.
@@ -46,8 +46,9 @@ class StoreSession:
         self._block_keys = block_keys
         self._packed = packed
         self._counters = counters
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._closed = False
+        self._num_writing = 0
         self._pages: dict[int, Page] = {}
         # Bit l of a block's mask is set while layer l is missing.
         self._all_layers = (1 << namespace.spec.layout.num_layers) - 1
@@ -83,7 +84,7 @@ class StoreSession:
             InvalidRequestError: A block is not whole; none becomes visible.
             TierUnavailableError: `durable` and Redis did not confirm; the blocks are in memory.
         """
-        with self._lock:
+        with self._changed:
             partial = [i for i, missing in self._missing.items() if missing]
             if partial or self._closed:
                 first = f"; block {partial[0]} lacks layers" if partial else ""
@@ -101,42 +102,49 @@ class StoreSession:
 
     def close(self) -> None:
         """Frees the pages of blocks that did not become visible."""
-        with self._lock:
+        with self._changed:
             self._closed = True
+            self._changed.wait_for(lambda: self._num_writing == 0)
             pages, self._pages = self._pages, {}
         self._store.memory.free(list(pages.values()))
 
     def _take_span(self, span: pb.Span, payload: memoryview) -> None:
-        index = span.block_index
-        layers = ((1 << span.num_layers) - 1) << span.first_layer
-        if span.num_layers < 1 or layers & ~self._all_layers:
-            raise InvalidRequestError(
-                f"layers {span.first_layer} to {span.first_layer + span.num_layers} of block "
-                f"{index} are outside of {self._namespace.spec.layout.num_layers} layers"
-            )
-        if layers & ~self._missing.get(index, 0):
-            raise InvalidRequestError(
-                f"layers {span.first_layer} to {span.first_layer + span.num_layers} of block "
-                f"{index} were not wanted or came before"
-            )
         if checksum(payload) != span.checksum:
             raise ChecksumMismatchError(
-                f"block {index}, layers from {span.first_layer}: the payload is not what was "
-                "sent; expected its xxh3-64"
+                f"block {span.block_index}, layers from {span.first_layer}: the payload is not "
+                "what was sent; expected its xxh3-64"
             )
-        codec = self._namespace.codec
-        if index not in self._pages:
-            page = self._store.allocate(codec.packed_block_bytes)
-            with self._lock:
-                if self._closed:
-                    self._store.memory.free([page])
-                    raise InvalidRequestError("the store call has ended")
-                self._pages[index] = page
+        page = self._claim(span)
         start_ns = time.monotonic_ns()
-        with self._lock:
+        try:
+            self._namespace.codec.write(
+                self._store.memory.view(page), span.first_layer, payload, packed=self._packed
+            )
+        finally:
+            with self._changed:
+                self._num_writing -= 1
+                self._changed.notify_all()
+        self._counters.add("codec_encode_ns_total", time.monotonic_ns() - start_ns)
+
+    def _claim(self, span: pb.Span) -> Page:
+        """The page of a span's block, held for one writer; its layers count as taken."""
+        index = span.block_index
+        first, end = span.first_layer, span.first_layer + span.num_layers
+        layers = ((1 << span.num_layers) - 1) << first
+        if span.num_layers < 1 or layers & ~self._all_layers:
+            num_layers = self._namespace.spec.layout.num_layers
+            raise InvalidRequestError(
+                f"layers {first} to {end} of block {index} are outside of {num_layers} layers"
+            )
+        with self._changed:
             if self._closed:
                 raise InvalidRequestError("the store call has ended")
-            page_view = self._store.memory.view(self._pages[index])
-            codec.write(page_view, span.first_layer, payload, packed=self._packed)
+            if layers & ~self._missing.get(index, 0):
+                raise InvalidRequestError(
+                    f"layers {first} to {end} of block {index} were not wanted or came before"
+                )
+            if index not in self._pages:
+                self._pages[index] = self._store.allocate(self._namespace.codec.packed_block_bytes)
             self._missing[index] &= ~layers
-        self._counters.add("codec_encode_ns_total", time.monotonic_ns() - start_ns)
+            self._num_writing += 1
+            return self._pages[index]

@@ -22,6 +22,7 @@ from polarcache.client._types import (
 )
 from polarcache.proto.keys import chain_keys
 from polarcache.proto.layout import KvLayout, NamespaceSpec
+from polarcache.proto.malloc import keep_freed_memory
 
 __all__ = [
     "DEFAULT_ENDPOINT",
@@ -35,4 +36,5 @@ __all__ = [
     "RetrievedPacked",
     "StoreResult",
     "chain_keys",
+    "keep_freed_memory",
 ]

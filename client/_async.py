@@ -141,6 +141,7 @@ class AsyncClient:
         *,
         first_block: int = 0,
         num_blocks: int | None = None,
+        out: Sequence[tuple[Any, Any]] | None = None,
         pack: PackWhere = "service",
     ) -> Retrieved:
         """See `Client.retrieve`."""
@@ -149,6 +150,7 @@ class AsyncClient:
             match,
             first_block=first_block,
             num_blocks=num_blocks,
+            out=out,
             pack=pack,
         )
 

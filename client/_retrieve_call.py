@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from polarcache.client._region import Slot
 from polarcache.client._slices import PackedSlices, RawSlices
 from polarcache.client._types import Match
 from polarcache.proto.errors import BlockCorruptError, InternalError, InvalidRequestError
 from polarcache.proto.frames import checksum, split_frame
 from polarcache.proto.v1 import polarcache_pb2 as pb
+
+if TYPE_CHECKING:
+    from polarcache.client._local import Slot
 
 __all__ = ["RetrieveCall"]
 
@@ -22,7 +25,6 @@ class RetrieveCall:
         first_block: First block to read.
         num_blocks: Blocks to read; None for all from there on.
         packed: Whether to read packed form.
-        slots: Shared memory for the payloads; empty to receive them in messages.
 
     Raises:
         InvalidRequestError: The range is outside of the match, or the match has no lease.
@@ -31,11 +33,10 @@ class RetrieveCall:
     def __init__(
         self,
         match: Match,
-        *,
         first_block: int,
         num_blocks: int | None,
+        *,
         packed: bool,
-        slots: list[Slot],
     ) -> None:
         if num_blocks is None:
             num_blocks = match.num_blocks - first_block
@@ -48,14 +49,13 @@ class RetrieveCall:
             raise InvalidRequestError("the lookup took no lease, so its blocks cannot be read")
         self.match = match
         namespace = match.namespace
-        self._slice_bytes = (
+        self.slice_bytes = (
             namespace.packed_slice_bytes if packed else namespace.spec.layout.raw_slice_bytes
         )
         self._first_block = first_block
         self._packed = packed
         self._num_layers = match.namespace.spec.layout.num_layers
-        self.slots = slots
-        self._slot_of = {slot.where.SerializeToString(): slot for slot in slots}
+        self._slots: dict[int, Slot] = {}
         self.asked_blocks = num_blocks
         self.num_blocks = 0
         self.miss_reason = ""
@@ -63,6 +63,10 @@ class RetrieveCall:
         self._left_of_layer: list[int] = []
         self._releases_left = 0
         self.layers_done = 0
+
+    def use_slots(self, slots: list[Slot]) -> None:
+        """Receives payloads in shared memory instead of the frames; before `begin`."""
+        self._slots = {slot.where.offset: slot for slot in slots}
 
     def begin(self) -> bytes:
         """First frame."""
@@ -72,7 +76,7 @@ class RetrieveCall:
             first_block=self._first_block,
             num_blocks=self.asked_blocks,
             format=pb.BLOCK_FORMAT_PACKED if self._packed else pb.BLOCK_FORMAT_RAW,
-            regions=[slot.where for slot in self.slots],
+            regions=[slot.where for slot in self._slots.values()],
         )
         return pb.RetrieveRequest(begin=begin).SerializeToString()
 
@@ -84,13 +88,13 @@ class RetrieveCall:
         self.num_blocks = answer.header.num_blocks
         self.miss_reason = answer.header.miss_reason
         self._left_of_layer = [self.num_blocks] * self._num_layers
-        if self.slots:
+        if self._slots:
             # The service fills each place as far as it goes and waits only when none is left, so
             # it takes one release for each frame beyond the places.
-            slice_bytes = self._slice_bytes
-            per_frame = min(slot.where.length for slot in self.slots) // slice_bytes
+            shortest = min(slot.where.length for slot in self._slots.values())
+            per_frame = shortest // self.slice_bytes
             num_frames = -(-self.num_blocks * self._num_layers // per_frame)
-            self._releases_left = max(0, num_frames - len(self.slots))
+            self._releases_left = max(0, num_frames - len(self._slots))
         if not self.num_blocks:
             self.layers_done = self._num_layers
         return self.num_blocks
@@ -108,7 +112,7 @@ class RetrieveCall:
         """
         answer, payload = split_frame(pb.RetrieveResponse, frame)
         if answer.HasField("region"):
-            slot = self._slot_of.get(answer.region.SerializeToString())
+            slot = self._slots.get(answer.region.offset)
             if slot is None:
                 raise InternalError("the service wrote to memory that it was not offered")
             payload = slot.view
@@ -118,13 +122,18 @@ class RetrieveCall:
             return pb.RetrieveRequest(released=answer.region).SerializeToString()
         return None
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything came."""
+        return self.layers_done == self._num_layers
+
     def finish(self) -> None:
         """Checks that everything came.
 
         Raises:
             InternalError: The service ended the stream early.
         """
-        if self.layers_done != self._num_layers:
+        if not self.is_complete:
             raise InternalError(
                 f"the service ended the stream after {self.layers_done} of "
                 f"{self._num_layers} layers"
@@ -136,7 +145,7 @@ class RetrieveCall:
         start = 0
         for span in spans:
             layers = range(span.first_layer, span.first_layer + span.num_layers)
-            end = start + len(layers) * self._slice_bytes
+            end = start + len(layers) * self.slice_bytes
             if (
                 span.block_index >= self.num_blocks
                 or layers.stop > self._num_layers

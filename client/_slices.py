@@ -24,14 +24,20 @@ class RawSlices:
         num_blocks: Blocks that the tensors hold.
         layers: For each layer K [T, Hkv, D] and V [T, Hkv, Dv], T = num_blocks * block_tokens,
             as torch tensors of the namespace's dtype, or as C-contiguous buffers of that size.
-            Tensors that are not contiguous or not on the CPU are copied.
+            Tensors that are not contiguous or not on the CPU are copied, or refused if writable.
+        writable: Whether the slices will be written.
 
     Raises:
         LayoutMismatchError: A tensor does not fit the layout.
     """
 
     def __init__(
-        self, layout: KvLayout, num_blocks: int, layers: Sequence[tuple[Any, Any]]
+        self,
+        layout: KvLayout,
+        num_blocks: int,
+        layers: Sequence[tuple[Any, Any]],
+        *,
+        writable: bool = False,
     ) -> None:
         if len(layers) != layout.num_layers:
             raise LayoutMismatchError(
@@ -45,8 +51,8 @@ class RawSlices:
         value_shape = (tokens, layout.num_kv_heads, layout.v_head_dim)
         self._layers = [
             (
-                _byte_view(f"keys of layer {i}", keys, key_shape, layout),
-                _byte_view(f"values of layer {i}", values, value_shape, layout),
+                _byte_view(f"keys of layer {i}", keys, key_shape, layout, writable),
+                _byte_view(f"values of layer {i}", values, value_shape, layout, writable),
             )
             for i, (keys, values) in enumerate(layers)
         ]
@@ -104,16 +110,21 @@ def empty_layers(layout: KvLayout, num_blocks: int) -> list[LayerTensors]:
     ]
 
 
-def _byte_view(name: str, tensor: Any, shape: tuple[int, ...], layout: KvLayout) -> memoryview:
+def _byte_view(
+    name: str, tensor: Any, shape: tuple[int, ...], layout: KvLayout, writable: bool
+) -> memoryview:
     if hasattr(tensor, "data_ptr"):  # A torch tensor, without importing torch.
         dtype = str(tensor.dtype).removeprefix("torch.")
         if tuple(tensor.shape) != shape or dtype != layout.dtype:
             raise LayoutMismatchError(
                 f"{name} must be {layout.dtype} {list(shape)}, got {dtype} {list(tensor.shape)}"
             )
+        if writable and not (tensor.device.type == "cpu" and tensor.is_contiguous()):
+            raise LayoutMismatchError(f"{name} must be contiguous and on the CPU to be written")
         return tensor_bytes(tensor.detach().cpu().contiguous())
     view = memoryview(tensor).cast("B")
     expected = shape[0] * shape[1] * shape[2] * layout.element_bytes
-    if len(view) != expected:
-        raise LayoutMismatchError(f"{name} must be {expected} bytes, got {len(view)}")
+    if len(view) != expected or (writable and view.readonly):
+        kind = "writable bytes" if writable else "bytes"
+        raise LayoutMismatchError(f"{name} must be {expected} {kind}, got {len(view)}")
     return view

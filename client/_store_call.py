@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from polarcache.client._region import Slot
 from polarcache.client._slices import PackedSlices, RawSlices
 from polarcache.client._types import Namespace, StoreResult
 from polarcache.proto.errors import InternalError
 from polarcache.proto.frames import Buffer, checksum, join_frame
 from polarcache.proto.v1 import polarcache_pb2 as pb
+
+if TYPE_CHECKING:
+    from polarcache.client._local import Slot
 
 __all__ = ["StoreCall"]
 
@@ -22,8 +25,7 @@ class StoreCall:
         block_keys: Their keys.
         slices: The bytes of these and other blocks.
         first_block: Where the first of the keys is in `slices`.
-        frame_bytes: Payload bytes of a frame, at least one slice is sent.
-        slots: Shared memory for the payloads; empty to send them in messages.
+        frame_bytes: Payload bytes of a frame; at least one slice is sent.
         durable: Whether Redis must confirm.
     """
 
@@ -35,7 +37,6 @@ class StoreCall:
         *,
         first_block: int,
         frame_bytes: int,
-        slots: list[Slot],
         durable: bool,
     ) -> None:
         self._namespace = namespace
@@ -45,12 +46,20 @@ class StoreCall:
         self._durable = durable
         self._frames: Iterator[list[tuple[int, int]]] = iter(())
         self._per_frame = max(1, frame_bytes // slices.slice_bytes)
-        self.slots = slots
-        self.free_slots = list(slots)
-        self._slot_of = {slot.where.SerializeToString(): slot for slot in slots}
+        self.slice_bytes = slices.slice_bytes
+        self._uses_slots = False
+        self.free_slots: list[Slot] = []
+        self._slot_of_offset: dict[int, Slot] = {}
         self.is_ready = False
         self.result: StoreResult | None = None
         self._sent_bytes = 0
+
+    def use_slots(self, slots: list[Slot]) -> None:
+        """Puts payloads into shared memory instead of the frames; before `begin`."""
+        self._uses_slots = True
+        self.free_slots = list(slots)
+        self._slot_of_offset = {slot.where.offset: slot for slot in slots}
+        self._per_frame = slots[0].where.length // self.slice_bytes
 
     def begin(self) -> bytes:
         """First frame."""
@@ -70,7 +79,7 @@ class StoreCall:
             self._frames = self._plan(answer.ready.wanted)
             self.is_ready = True
         elif answer.HasField("released"):
-            self.free_slots.append(self._slot_of[answer.released.SerializeToString()])
+            self.free_slots.append(self._slot_of_offset[answer.released.offset])
         else:
             self.result = StoreResult(
                 answer.result.num_stored, answer.result.num_present, self._sent_bytes
@@ -87,7 +96,7 @@ class StoreCall:
         return self.result
 
     def next_frame(self) -> bytes | None:
-        """The next frame of spans, None after the last; needs a free slot if there are slots."""
+        """The next frame of spans, None after the last; needs a free slot where slots are used."""
         slices = next(self._frames, None)
         if slices is None:
             return None
@@ -107,17 +116,14 @@ class StoreCall:
         payload = [part for span_parts in parts for part in span_parts]
         length = sum(len(part) for part in payload)
         self._sent_bytes += length
-        if not self.slots:
+        if not self._uses_slots:
             return join_frame(pb.StoreRequest(spans=spans), payload)
         slot = self.free_slots.pop()
         end = 0
         for part in payload:
             slot.view[end : end + len(part)] = part
             end += len(part)
-        where = pb.RegionRange()
-        where.CopyFrom(slot.where)
-        where.length = length
-        self._slot_of[where.SerializeToString()] = slot
+        where = pb.RegionRange(offset=slot.where.offset, length=length)
         return pb.StoreRequest(spans=spans, region=where).SerializeToString()
 
     @staticmethod

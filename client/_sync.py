@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -12,11 +10,10 @@ import grpc
 
 from polarcache.client._channel import DEFAULT_ENDPOINT, channel_options, grpc_target
 from polarcache.client._messages import clear_request, lookup_request, match_of, namespace_of
-from polarcache.client._region import SharedMemory, Slot, attach
 from polarcache.client._retrieve_call import RetrieveCall
 from polarcache.client._slices import PackedSlices, RawSlices, empty_layers
 from polarcache.client._store_call import StoreCall
-from polarcache.client._sync_streams import run_retrieve, run_store
+from polarcache.client._transport import BlockTransport
 from polarcache.client._types import (
     LayerTensors,
     Match,
@@ -65,15 +62,10 @@ class Client:
     ) -> None:
         self._timeout_s = timeout_s
         self._transfer_timeout_s = transfer_timeout_s
-        self._shared_memory_bytes = shared_memory_bytes
         self._channel = grpc.insecure_channel(grpc_target(endpoint), options=channel_options())
         self._stub = stubs.KvCacheStub(self._channel)
         self._admin = stubs.KvCacheAdminStub(self._channel)
-        self._store_stream = self._channel.stream_stream("/polarcache.v1.KvCache/Store")
-        self._retrieve_stream = self._channel.stream_stream("/polarcache.v1.KvCache/Retrieve")
-        self._lock = threading.Lock()
-        self._service: pb.DescribeResponse | None = None
-        self._memory: SharedMemory | None = None
+        self._transport = BlockTransport(self._channel, transfer_timeout_s, shared_memory_bytes)
 
     def __enter__(self) -> Client:
         return self
@@ -89,7 +81,7 @@ class Client:
     def close(self) -> None:
         """Closes the connection; calls under way fail."""
         self._channel.close()
-        self._drop_memory()
+        self._transport.forget_service()
 
     def describe(self) -> pb.DescribeResponse:
         """Who the service is, what it accepts and how well it is."""
@@ -105,7 +97,7 @@ class Client:
             InvalidRequestError: The profile is unknown or does not fit the geometry.
             LayoutMismatchError: The model identity was opened with another geometry.
         """
-        self._meet_service()
+        self._transport.service(self.describe)
         request = pb.OpenNamespaceRequest(namespace=spec.to_proto())
         return namespace_of(spec, self._unary(self._stub.OpenNamespace, request))
 
@@ -208,6 +200,7 @@ class Client:
         *,
         first_block: int = 0,
         num_blocks: int | None = None,
+        out: Sequence[tuple[Any, Any]] | None = None,
         pack: PackWhere = "service",
     ) -> Retrieved:
         """Reads leased blocks.
@@ -216,6 +209,9 @@ class Client:
             match: From `lookup`.
             first_block: First block to read.
             num_blocks: Blocks to read; None for all from there on.
+            out: For each layer where to write K [T, Hkv, D] and V [T, Hkv, Dv], T = the asked
+                blocks' tokens: contiguous CPU tensors of the namespace's dtype, or writable
+                buffers of that size. None to allocate. Saves the page faults of fresh memory.
             pack: Where the codec runs; "worker" receives packed bytes.
 
         Returns:
@@ -230,12 +226,13 @@ class Client:
             from polarcache.client.codec import unpack_blocks
 
             packed = self.retrieve_packed(match, first_block=first_block, num_blocks=num_blocks)
-            layers = unpack_blocks(match.namespace, packed.blocks)
+            layers = unpack_blocks(match.namespace, packed.blocks, out)
             count, reason = len(packed.blocks), packed.miss_reason
         else:
-            with self._retrieve_call(match, first_block, num_blocks, packed=False) as call:
-                layers = []
-                for _ in self._receive(call, layers):
+            call = RetrieveCall(match, first_block, num_blocks, packed=False)
+            with self._transport.retrieving(call) as rest:
+                layers = _receive_layers(call, out)
+                for _ in rest:
                     pass
             count, reason = call.num_blocks, call.miss_reason
         return Retrieved(layers, count, count * layout.block_tokens, reason)
@@ -248,27 +245,27 @@ class Client:
         The tensors hold the leading blocks that are still there, possibly none. When the call
         fails in between, the error is raised in place of the next layer.
         """
-        with self._retrieve_call(match, first_block, num_blocks, packed=False) as call:
-            layers: list[LayerTensors] = []
+        call = RetrieveCall(match, first_block, num_blocks, packed=False)
+        with self._transport.retrieving(call) as rest:
+            layers = _receive_layers(call, None)
             num_yielded = 0
-            for _ in self._receive(call, layers):
+            while num_yielded < len(layers):
                 while num_yielded < call.layers_done:
                     yield layers[num_yielded]
                     num_yielded += 1
+                next(rest, None)
 
     def retrieve_packed(
         self, match: Match, *, first_block: int = 0, num_blocks: int | None = None
     ) -> RetrievedPacked:
         """Like `retrieve`, but returns the blocks in packed form."""
         namespace = match.namespace
-        with self._retrieve_call(match, first_block, num_blocks, packed=True) as call:
-            received = run_retrieve(self._retrieve_stream, call, self._transfer_timeout_s)
-            next(received)
+        call = RetrieveCall(match, first_block, num_blocks, packed=True)
+        with self._transport.retrieving(call) as rest:
             blocks = [bytearray(namespace.packed_block_bytes) for _ in range(call.num_blocks)]
-            call.write_to(
-                PackedSlices(namespace.spec.layout.num_layers, namespace.packed_slice_bytes, blocks)
-            )
-            for _ in received:
+            num_layers = namespace.spec.layout.num_layers
+            call.write_to(PackedSlices(num_layers, namespace.packed_slice_bytes, blocks))
+            for _ in rest:
                 pass
         return RetrievedPacked(blocks, call.miss_reason)
 
@@ -312,92 +309,31 @@ class Client:
         durable: bool,
     ) -> StoreResult:
         """Stores in batches that take no more than an eighth of the service's memory each."""
-        limits = self._meet_service().limits
+        limits = self._transport.service(self.describe).limits
         per_batch = limits.memory_bytes // 8 // namespace.packed_block_bytes
         per_batch = max(1, min(per_batch, limits.max_blocks_per_call))
         total = StoreResult(0, 0, 0)
         for start in range(0, len(block_keys), per_batch):
-            with self._borrowed(slices.slice_bytes) as slots:
-                call = StoreCall(
-                    namespace,
-                    block_keys[start : start + per_batch],
-                    slices,
-                    first_block=start,
-                    frame_bytes=len(slots[0].view) if slots else limits.frame_bytes,
-                    slots=slots,
-                    durable=durable,
-                )
-                total += run_store(self._store_stream, call, self._transfer_timeout_s)
+            call = StoreCall(
+                namespace,
+                block_keys[start : start + per_batch],
+                slices,
+                first_block=start,
+                frame_bytes=limits.frame_bytes,
+                durable=durable,
+            )
+            total += self._transport.store(call)
         if per_batch < len(block_keys) <= limits.max_blocks_per_call:
             # Has the service count the prefix as used in whole, so that its end is evicted first.
             self.lookup(namespace, block_keys, lease=False)
         return total
-
-    @contextmanager
-    def _retrieve_call(
-        self, match: Match, first_block: int, num_blocks: int | None, *, packed: bool
-    ) -> Iterator[RetrieveCall]:
-        namespace = match.namespace
-        slice_bytes = (
-            namespace.packed_slice_bytes if packed else namespace.spec.layout.raw_slice_bytes
-        )
-        with self._borrowed(slice_bytes) as slots:
-            yield RetrieveCall(
-                match, first_block=first_block, num_blocks=num_blocks, packed=packed, slots=slots
-            )
-
-    def _receive(self, call: RetrieveCall, layers: list[LayerTensors]) -> Iterator[None]:
-        received = run_retrieve(self._retrieve_stream, call, self._transfer_timeout_s)
-        next(received)
-        layout = call.match.namespace.spec.layout
-        layers.extend(empty_layers(layout, call.num_blocks))
-        call.write_to(RawSlices(layout, call.num_blocks, layers))
-        yield
-        yield from received
-
-    @contextmanager
-    def _borrowed(self, slice_bytes: int) -> Iterator[list[Slot]]:
-        """Slots of shared memory for one call, if there are any that hold a slice."""
-        memory = self._memory
-        if memory is None or memory.slot_bytes < slice_bytes:
-            yield []
-            return
-        slots = memory.borrow()
-        try:
-            yield slots
-        except BaseException:
-            # The service may still write to them: never lend this memory again.
-            self._drop_memory()
-            raise
-        memory.give_back(slots)
-
-    def _meet_service(self) -> pb.DescribeResponse:
-        """What the service said of itself; asks, and offers it shared memory, the first time."""
-        service = self._service
-        if service is not None:
-            return service
-        service = self.describe()
-        with self._lock:
-            if self._service is None and self._shared_memory_bytes:
-                self._memory = attach(
-                    service.local_socket, service.boot_id, self._shared_memory_bytes
-                )
-            self._service = service
-        return service
-
-    def _drop_memory(self) -> None:
-        with self._lock:
-            memory, self._memory = self._memory, None
-            self._service = None
-        if memory is not None:
-            memory.close()
 
     def _reopening(self, namespace: Namespace, call: Callable[[], ResultT]) -> ResultT:
         """Makes a call; opens the namespace again and repeats it if the service restarted."""
         try:
             return call()
         except NamespaceUnknownError:
-            self._drop_memory()
+            self._transport.forget_service()
             self.open_namespace(namespace.spec)
             return call()
 
@@ -406,3 +342,17 @@ class Client:
             return method(request, timeout=timeout_s or self._timeout_s)
         except grpc.RpcError as error:
             raise error_from_rpc(error) from error
+
+
+def _receive_layers(
+    call: RetrieveCall, out: Sequence[tuple[Any, Any]] | None
+) -> list[LayerTensors]:
+    """Has a call write to `out`, or to new tensors; the parts of them that will be written."""
+    layout = call.match.namespace.spec.layout
+    if out is None:
+        layers = empty_layers(layout, call.num_blocks)
+        call.write_to(RawSlices(layout, call.num_blocks, layers, writable=True))
+        return layers
+    call.write_to(RawSlices(layout, call.asked_blocks, out, writable=True))
+    tokens = call.num_blocks * layout.block_tokens
+    return [(keys[:tokens], values[:tokens]) for keys, values in out]

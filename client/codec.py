@@ -57,12 +57,17 @@ def pack_blocks(namespace: Namespace, layers: Sequence[LayerTensors]) -> list[Bu
     return [tensor_bytes(block) for block in packed]
 
 
-def unpack_blocks(namespace: Namespace, blocks: Sequence[Buffer]) -> list[LayerTensors]:
+def unpack_blocks(
+    namespace: Namespace,
+    blocks: Sequence[Buffer],
+    out: Sequence[LayerTensors] | None = None,
+) -> list[LayerTensors]:
     """Keys and values of packed blocks.
 
     Args:
         namespace: Namespace of the blocks.
         blocks: One buffer of `namespace.packed_block_bytes` bytes a block.
+        out: For each layer where to write K and V of at least these tokens; None to allocate.
 
     Returns:
         For each layer K [T, Hkv, D] and V [T, Hkv, Dv] in the namespace's dtype, on the CPU.
@@ -76,7 +81,12 @@ def unpack_blocks(namespace: Namespace, blocks: Sequence[Buffer]) -> list[LayerT
             raise LayoutMismatchError(
                 f"packed block {i} is {len(block)} bytes; expected {namespace.packed_block_bytes}"
             )
-    layers = empty_layers(layout, len(blocks))
+    tokens = len(blocks) * layout.block_tokens
+    layers = (
+        [(keys[:tokens], values[:tokens]) for keys, values in out]
+        if out
+        else empty_layers(layout, len(blocks))
+    )
     if not blocks:
         return layers
     codec = _codec(namespace)

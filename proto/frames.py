@@ -20,8 +20,10 @@ __all__ = ["Buffer", "checksum", "join_frame", "split_frame"]
 Buffer = bytes | bytearray | memoryview
 MessageT = TypeVar("MessageT", bound=Message)
 
-_PAYLOAD_FIELD = 15
+_PADDING_FIELD, _PAYLOAD_FIELD = 14, 15
+_PADDING_TAG = bytes([_PADDING_FIELD << 3 | 2])
 _PAYLOAD_TAG = bytes([_PAYLOAD_FIELD << 3 | 2])
+_ALIGNMENT_BYTES = 16
 _FIXED_BYTES = {1: 8, 5: 4}
 
 
@@ -38,6 +40,8 @@ def checksum(*parts: Buffer) -> int:
 def join_frame(message: Message, payload: Sequence[Buffer] = ()) -> bytes:
     """Serializes a message and the parts of its payload with one copy of the payload.
 
+    The payload starts at a multiple of 16 bytes: unaligned reads are several times slower.
+
     Args:
         message: A message whose `payload` field is unset.
         payload: C-contiguous byte buffers.
@@ -45,8 +49,11 @@ def join_frame(message: Message, payload: Sequence[Buffer] = ()) -> bytes:
     head = message.SerializeToString()
     if not payload:
         return head
-    length = sum(len(part) for part in payload)
-    return b"".join((head, _PAYLOAD_TAG, _varint(length), *payload))
+    start = _PAYLOAD_TAG + _varint(sum(len(part) for part in payload))
+    # A padding field takes at least two bytes.
+    padding = 2 + -(len(head) + len(start) + 2) % _ALIGNMENT_BYTES
+    zeros = _PADDING_TAG + bytes([padding - 2]) + bytes(padding - 2)
+    return b"".join((head, zeros, start, *payload))
 
 
 def split_frame(message_class: type[MessageT], frame: bytes) -> tuple[MessageT, memoryview]:

@@ -207,28 +207,28 @@ class Span(_message.Message):
     def __init__(self, block_index: _Optional[int] = ..., first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class RegionRange(_message.Message):
-    __slots__ = ("region_id", "offset", "length")
-    REGION_ID_FIELD_NUMBER: _ClassVar[int]
+    __slots__ = ("offset", "length")
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
-    region_id: int
     offset: int
     length: int
-    def __init__(self, region_id: _Optional[int] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+    def __init__(self, offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
 
 class StoreRequest(_message.Message):
-    __slots__ = ("begin", "spans", "region", "commit", "payload")
+    __slots__ = ("begin", "spans", "region", "commit", "padding", "payload")
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     SPANS_FIELD_NUMBER: _ClassVar[int]
     REGION_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     begin: StoreBegin
     spans: _containers.RepeatedCompositeFieldContainer[Span]
     region: RegionRange
     commit: bool
+    padding: bytes
     payload: bytes
-    def __init__(self, begin: _Optional[_Union[StoreBegin, _Mapping]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., region: _Optional[_Union[RegionRange, _Mapping]] = ..., commit: bool = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, begin: _Optional[_Union[StoreBegin, _Mapping]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., region: _Optional[_Union[RegionRange, _Mapping]] = ..., commit: bool = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class StoreBegin(_message.Message):
     __slots__ = ("namespace_id", "block_keys", "format", "durable")
@@ -291,16 +291,18 @@ class RetrieveBegin(_message.Message):
     def __init__(self, namespace_id: _Optional[bytes] = ..., lease_id: _Optional[bytes] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., format: _Optional[_Union[BlockFormat, str]] = ..., regions: _Optional[_Iterable[_Union[RegionRange, _Mapping]]] = ...) -> None: ...
 
 class RetrieveResponse(_message.Message):
-    __slots__ = ("header", "spans", "region", "payload")
+    __slots__ = ("header", "spans", "region", "padding", "payload")
     HEADER_FIELD_NUMBER: _ClassVar[int]
     SPANS_FIELD_NUMBER: _ClassVar[int]
     REGION_FIELD_NUMBER: _ClassVar[int]
+    PADDING_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     header: RetrieveHeader
     spans: _containers.RepeatedCompositeFieldContainer[Span]
     region: RegionRange
+    padding: bytes
     payload: bytes
-    def __init__(self, header: _Optional[_Union[RetrieveHeader, _Mapping]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., region: _Optional[_Union[RegionRange, _Mapping]] = ..., payload: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, header: _Optional[_Union[RetrieveHeader, _Mapping]] = ..., spans: _Optional[_Iterable[_Union[Span, _Mapping]]] = ..., region: _Optional[_Union[RegionRange, _Mapping]] = ..., padding: _Optional[bytes] = ..., payload: _Optional[bytes] = ...) -> None: ...
 
 class RetrieveHeader(_message.Message):
     __slots__ = ("num_blocks", "miss_reason")

@@ -165,17 +165,17 @@ BAD_STORES = {
         PolarCacheError,
         "was not opened",
     ),
-    "unknown region": (
+    "shared memory over gRPC": (
         lambda raw: [
             raw.begin(),
             pb.StoreRequest(
                 spans=raw.spans((0, 0, 1)).spans,
-                region=pb.RegionRange(region_id=77, length=raw.slice_bytes),
+                region=pb.RegionRange(offset=77, length=raw.slice_bytes),
             ),
             COMMIT,
         ],
         InvalidRequestError,
-        "not attached",
+        "local socket alone",
     ),
 }
 
@@ -286,8 +286,9 @@ def test_an_expired_lease_reads_nothing(
     with service.client() as client:
         namespace = client.open_namespace(spec)
         client.store(namespace, [b"k"], make_layers(spec.layout, 1))
+        before = service.counters()["leases_expired_total"]
         match = client.lookup(namespace, [b"k"], lease_ms=1)
-        until(lambda: service.gauges()["leases"] == 0)
+        until(lambda: service.counters()["leases_expired_total"] > before)
         with pytest.raises(LeaseExpiredError):
             client.retrieve(match)
         released = client.lookup(namespace, [b"k"])
@@ -296,22 +297,24 @@ def test_an_expired_lease_reads_nothing(
             client.retrieve_packed(released)
 
 
+@pytest.mark.parametrize("shared", [0, 64 << 20], ids=["messages", "shared-memory"])
 def test_an_abandoned_retrieve_unpins_its_blocks(
-    service: Any, raw: Raw, spec: NamespaceSpec, make_layers: Any, until: Any
+    start_service: Any, spec: NamespaceSpec, make_layers: Any, until: Any, shared: int
 ) -> None:
-    layout = dataclasses.replace(spec.layout, num_kv_heads=16)
-    spec = dataclasses.replace(spec, layout=layout, salt="abandoned")
-    with service.client(shared_memory_bytes=0) as client:
+    service = start_service("--redis", "off")
+    spec = dataclasses.replace(spec, layout=dataclasses.replace(spec.layout, num_kv_heads=16))
+    with service.client(shared_memory_bytes=shared) as client:
         namespace = client.open_namespace(spec)
         keys = chain_keys(range(16 * 128), 128)
-        client.store(namespace, keys, make_layers(layout, 16))
+        client.store(namespace, keys, make_layers(spec.layout, 16))
         match = client.lookup(namespace, keys)
         layers = client.retrieve_layers(match)
         next(layers)
         layers.close()
         client.release(match)
-        until(lambda: raw.gauges()["pinned_blocks"] == 0)
-        client.delete(namespace, keys)
+        until(lambda: service.gauges()["pinned_blocks"] == 0)
+        again = client.retrieve(client.lookup(namespace, keys))
+        assert again.num_blocks == 16
 
 
 def test_a_service_that_is_not_there_is_typed_at_once(spec: NamespaceSpec) -> None:

@@ -1,8 +1,7 @@
-"""Runs store and retrieve calls over blocking streams."""
+"""Runs store and retrieve calls over gRPC streams."""
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Iterator
 
@@ -34,13 +33,10 @@ def run_store(
         yield call.begin()
         while True:
             with changed:
-                changed.wait_for(
-                    lambda: ended or (call.is_ready and (not call.slots or call.free_slots)),
-                    timeout_s,
-                )
+                changed.wait_for(lambda: ended or call.is_ready, timeout_s)
                 if ended or not call.is_ready:
                     return
-                frame = call.next_frame()
+            frame = call.next_frame()
             if frame is None:
                 yield call.commit()
                 return
@@ -72,22 +68,16 @@ def run_retrieve(
     Raises:
         PolarCacheError: The call failed.
     """
-    requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-    requests.put(call.begin())
-    stream = method(iter(requests.get, None), timeout=timeout_s)
+    stream = method(iter([call.begin()]), timeout=timeout_s)
     try:
         call.on_header(next(stream))
         yield
         for frame in stream:
-            reply = call.on_answer(frame)
-            if reply is not None:
-                requests.put(reply)
+            call.on_answer(frame)
             yield
-        call.finish()
     except grpc.RpcError as error:
         raise error_from_rpc(error) from error
     except StopIteration as error:
         raise DeadlineError("the service ended the stream before its header") from error
     finally:
         stream.cancel()
-        requests.put(None)

@@ -1,0 +1,298 @@
+"""Store and retrieve goodput against a raw loopback socket that moves the same bytes.
+
+Every figure is the median over pairs: one store (or retrieve) and, next to it in time, the same
+number of raw bytes over a plain TCP connection with `sendall` and `recv_into`. Ratios count
+fp16-equivalent bytes, so a packed block counts as the fp16 block it stands for.
+
+    python benchmarks/put_get.py [--pairs 12] [--json] [--output benchmarks/results]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from polarcache.client import Client, KvLayout, Namespace, NamespaceSpec, keep_freed_memory
+from polarcache.client.codec import pack_blocks
+
+# One block is 1 MiB in fp16: two layers of 128 tokens, 8 heads of 128 channels.
+LAYOUT = KvLayout(num_layers=2, num_kv_heads=8, head_dim=128)
+PACKED_PROFILE = "k=pair:r4t4,v=int4"
+RAW_SERVER = """
+import socket, sys
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+connection, _ = listener.accept()
+buffer = memoryview(bytearray(64 << 20))
+while command := connection.recv(9, socket.MSG_WAITALL):
+    size = int.from_bytes(command[1:], "little")
+    if command[:1] == b"p":
+        done = 0
+        while done < size:
+            done += connection.recv_into(buffer[done:size])
+        connection.sendall(b"k")
+    else:
+        connection.sendall(buffer[:size])
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. Times are medians of one call, milliseconds."""
+
+    path: str
+    megabytes: int
+    frame_mib: int
+    store_ratio: float
+    retrieve_ratio: float
+    store_gb_s: float
+    retrieve_gb_s: float
+    store_ms: float
+    store_codec_ms: float
+    retrieve_ms: float
+    retrieve_codec_ms: float
+    pairs: int
+
+
+class RawSocket:
+    """The baseline: bytes over loopback TCP between two processes."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen([sys.executable, "-c", RAW_SERVER], stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        port = int(self._process.stdout.readline())
+        self._socket = socket.create_connection(("127.0.0.1", port))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._target = memoryview(bytearray(64 << 20))
+
+    def put(self, source: list[memoryview]) -> None:
+        """Sends the buffers and waits for the acknowledgement."""
+        size = sum(len(part) for part in source)
+        self._socket.sendall(b"p" + size.to_bytes(8, "little"))
+        for part in source:
+            self._socket.sendall(part)
+        self._socket.recv(1)
+
+    def get(self, size: int) -> None:
+        """Asks for bytes and receives them into one buffer."""
+        self._socket.sendall(b"g" + size.to_bytes(8, "little"))
+        done = 0
+        while done < size:
+            done += self._socket.recv_into(self._target[done:size])
+
+    def close(self) -> None:
+        """Ends both sides."""
+        self._socket.close()
+        self._process.wait(10)
+
+
+@contextmanager
+def service(directory: Path, *flags: str) -> Iterator[tuple[str, psutil.Process]]:
+    """A service in a process of its own: endpoint and process."""
+    port_file = directory / "port"
+    port_file.unlink(missing_ok=True)
+    process = subprocess.Popen(
+        [
+            sys.executable, "-m", "polarcache.cli", "serve", "--device", "cpu", "--port", "0",
+            "--port-file", str(port_file), "--state-dir", str(directory / "state"),
+            "--redis", "off", "--log-level", "warning", *flags,
+        ]
+    )  # fmt: skip
+    while not port_file.exists():
+        if process.poll() is not None:
+            raise SystemExit("the service did not start")
+        time.sleep(0.02)
+    try:
+        yield f"grpc://127.0.0.1:{port_file.read_text().strip()}", psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds."""
+    start_s = time.perf_counter()
+    work()
+    return time.perf_counter() - start_s
+
+
+def measure(
+    client: Client, raw: RawSocket, path: str, megabytes: int, frame_mib: int, pairs: int
+) -> Row:
+    """Medians of `pairs` interleaved pairs, after two that are not counted."""
+    packed = path.startswith("packed")
+    profile = "exact" if path.startswith("exact") else PACKED_PROFILE
+    namespace = client.open_namespace(
+        NamespaceSpec(model=f"{path} {megabytes}", layout=LAYOUT, profile=profile)
+    )
+    layers = random_layers(megabytes)
+    views = [tensor.numpy().reshape(-1).view("uint8").data for pair in layers for tensor in pair]
+    target = random_layers(megabytes)
+    blocks = pack_blocks(namespace, layers) if packed else []
+    size = megabytes << 20
+    store_ratios, retrieve_ratios, store_s, retrieve_s = [], [], [], []
+    encode_ns, decode_ns = [], []
+    for number in range(pairs + 2):
+        keys = [number.to_bytes(4, "big") + i.to_bytes(4, "big") for i in range(megabytes)]
+        before = client.stats().counters
+        if packed:
+            store = timed(lambda keys=keys: client.store_packed(namespace, keys, blocks))
+        else:
+            store = timed(lambda keys=keys: client.store(namespace, keys, layers))
+        raw_put = timed(lambda: raw.put(views))
+        match = client.lookup(namespace, keys)
+        if packed:
+            retrieve = timed(lambda match=match: client.retrieve_packed(match))
+        else:
+            retrieve = timed(lambda match=match: client.retrieve(match, out=target))
+        raw_get = timed(lambda: raw.get(size))
+        after = client.stats().counters
+        client.release(match)
+        client.delete(namespace, keys)
+        if number < 2:
+            continue
+        store_ratios.append(raw_put / store)
+        retrieve_ratios.append(raw_get / retrieve)
+        store_s.append(store)
+        retrieve_s.append(retrieve)
+        encode_ns.append(after["codec_encode_ns_total"] - before["codec_encode_ns_total"])
+        decode_ns.append(after["codec_decode_ns_total"] - before["codec_decode_ns_total"])
+    median = statistics.median
+    return Row(
+        path=path,
+        megabytes=megabytes,
+        frame_mib=frame_mib,
+        store_ratio=round(median(store_ratios), 2),
+        retrieve_ratio=round(median(retrieve_ratios), 2),
+        store_gb_s=round(size / median(store_s) / 1e9, 2),
+        retrieve_gb_s=round(size / median(retrieve_s) / 1e9, 2),
+        store_ms=round(median(store_s) * 1e3, 2),
+        store_codec_ms=round(median(encode_ns) / 1e6, 2),
+        retrieve_ms=round(median(retrieve_s) * 1e3, 2),
+        retrieve_codec_ms=round(median(decode_ns) / 1e6, 2),
+        pairs=pairs,
+    )
+
+
+def random_layers(megabytes: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of as many 1 MiB blocks."""
+    shape = (megabytes * LAYOUT.block_tokens, LAYOUT.num_kv_heads, LAYOUT.head_dim)
+    return [
+        (torch.randn(shape).half(), torch.randn(shape).half()) for _ in range(LAYOUT.num_layers)
+    ]
+
+
+def resident_per_packed_byte(endpoint: str, process: psutil.Process) -> dict[str, float]:
+    """How the service's resident memory grows with what it stores."""
+    with Client(endpoint, shared_memory_bytes=0) as client:
+        namespace = client.open_namespace(
+            NamespaceSpec(model="resident", layout=LAYOUT, profile=PACKED_PROFILE)
+        )
+        blocks = pack_blocks(namespace, random_layers(16))
+        store_many(client, namespace, blocks, 16, 0)
+        samples = []
+        for step in range(1, 4):
+            samples.append((stored_bytes(client), process.memory_info().rss))
+            store_many(client, namespace, blocks, 60, step)
+        samples.append((stored_bytes(client), process.memory_info().rss))
+    slope = (samples[-1][1] - samples[0][1]) / (samples[-1][0] - samples[0][0])
+    return {
+        "resident_bytes_per_packed_byte": round(slope, 3),
+        "constant_mib": round((samples[0][1] - slope * samples[0][0]) / 2**20),
+        "stored_mib": round(samples[-1][0] / 2**20),
+    }
+
+
+def store_many(
+    client: Client, namespace: Namespace, blocks: list[object], times: int, step: int
+) -> None:
+    """Stores the same bytes under fresh keys."""
+    for i in range(times):
+        keys = [b"%d %d %d" % (step, i, j) for j in range(len(blocks))]
+        client.store_packed(namespace, keys, blocks)
+
+
+def stored_bytes(client: Client) -> int:
+    """Packed bytes in the memory tier."""
+    return int(client.stats().gauges["memory_used_bytes"])
+
+
+def main() -> None:
+    """Runs everything and prints it."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--pairs", type=int, default=12, help="counted pairs of each figure")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--output", type=Path, help="directory for put_get.json")
+    parser.add_argument("--sizes", default="1,4,16,64", help="MiB of blocks of one call")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    sizes = [int(size) for size in options.sizes.split(",")]
+    rows: list[Row] = []
+    # Child processes first: they must not inherit gRPC's threads.
+    raw = RawSocket()
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        for frame_mib in (2, 4):
+            flags = ("--memory", "1GiB", "--frame-bytes", f"{frame_mib}MiB")
+            with service(directory, *flags) as (endpoint, process):
+                with Client(endpoint, shared_memory_bytes=0) as over_tcp:
+                    for size in sizes:
+                        rows.append(measure(over_tcp, raw, "exact", size, frame_mib, options.pairs))
+                        rows.append(
+                            measure(
+                                over_tcp, raw, "packed by worker", size, frame_mib, options.pairs
+                            )
+                        )
+                    if frame_mib == 2:
+                        rows.append(
+                            measure(over_tcp, raw, "coded by service", 16, 2, options.pairs)
+                        )
+                if frame_mib == 4:
+                    with Client(endpoint) as shared:
+                        for size in sizes:
+                            rows.append(
+                                measure(shared, raw, "exact, shared memory", size, 4, options.pairs)
+                            )
+        with service(directory, "--memory", "1GiB") as (endpoint, process):
+            resident = resident_per_packed_byte(endpoint, process)
+    raw.close()
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.processor() or platform.machine()}, {psutil.cpu_count()} cores",
+        "rows": [asdict(row) for row in rows],
+        "memory": resident,
+    }
+    if options.output:
+        (options.output / "put_get.json").write_text(json.dumps(result, indent=1) + "\n")
+    if options.json:
+        print(json.dumps(result, indent=1))
+        return
+    table = Table(title="store and retrieve, ratio to a raw loopback socket (fp16-equivalent)")
+    for column in Row.__dataclass_fields__:
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(*(str(value) for value in asdict(row).values()))
+    console = Console(width=180)
+    console.print(table)
+    console.print(resident)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""A store or a retrieve in progress, without I/O: frames in, frames out.
+
+The gRPC streams (`streams.py`) and the local socket (`local.py`) both drive these. All methods
+may block: on Redis, on the codec, on copies.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from polarcache.cache_service.index import Entry
+from polarcache.cache_service.metrics import Counters
+from polarcache.cache_service.namespaces import Namespace, NamespaceRegistry
+from polarcache.cache_service.store import BlockStore, Pinned
+from polarcache.cache_service.store_session import StoreSession
+from polarcache.proto.errors import InvalidRequestError
+from polarcache.proto.frames import Buffer, checksum, join_frame, split_frame
+from polarcache.proto.keys import MAX_BLOCK_KEY_BYTES
+from polarcache.proto.v1 import polarcache_pb2 as pb
+
+__all__ = ["RetrieveTransfer", "Slice", "StoreTransfer", "Transfers", "check_keys"]
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One layer of one block on its way out."""
+
+    block_index: int
+    layer: int
+    entry: Entry
+
+
+class Transfers:
+    """Begins transfers.
+
+    Args:
+        store: The store.
+        namespaces: The namespaces.
+        counters: Where to count.
+        max_blocks_per_call: Most block keys in one call.
+    """
+
+    def __init__(
+        self,
+        store: BlockStore,
+        namespaces: NamespaceRegistry,
+        counters: Counters,
+        max_blocks_per_call: int,
+    ) -> None:
+        self._store = store
+        self._namespaces = namespaces
+        self._counters = counters
+        self._max_blocks_per_call = max_blocks_per_call
+
+    def begin_store(self, frame: bytes) -> StoreTransfer:
+        """From the first frame of a store.
+
+        Raises:
+            PolarCacheError: The request is refused.
+        """
+        self._counters.add("store_requests_total")
+        request, _ = split_frame(pb.StoreRequest, frame)
+        if not request.HasField("begin"):
+            raise InvalidRequestError("the first message of a store must be `begin`")
+        begin = request.begin
+        namespace = self._namespaces.get(begin.namespace_id)
+        keys = check_keys(begin.block_keys, self._max_blocks_per_call)
+        if len(set(keys)) != len(keys):
+            raise InvalidRequestError("block_keys must all be different")
+        return StoreTransfer(self._store, namespace, keys, begin, self._counters)
+
+    def begin_retrieve(self, frame: bytes) -> RetrieveTransfer:
+        """From the first frame of a retrieve.
+
+        Raises:
+            PolarCacheError: The request is refused.
+        """
+        self._counters.add("retrieve_requests_total")
+        request, _ = split_frame(pb.RetrieveRequest, frame)
+        if not request.HasField("begin"):
+            raise InvalidRequestError("the first message of a retrieve must be `begin`")
+        begin = request.begin
+        namespace = self._namespaces.get(begin.namespace_id)
+        packed = _is_packed(begin.format)
+        pinned = self._store.pin_for_read(
+            namespace, begin.lease_id, begin.first_block, begin.num_blocks
+        )
+        return RetrieveTransfer(
+            self._store, namespace, pinned, packed=packed, counters=self._counters
+        )
+
+
+class StoreTransfer:
+    """A store. Send `ready`, feed `take`, send what `commit` returns; `close` in any case."""
+
+    def __init__(
+        self,
+        store: BlockStore,
+        namespace: Namespace,
+        keys: list[bytes],
+        begin: pb.StoreBegin,
+        counters: Counters,
+    ) -> None:
+        self._store = store
+        self._namespace = namespace
+        self._keys = keys
+        self._durable = begin.durable
+        self._counters = counters
+        packed = _is_packed(begin.format)
+        wanted = store.absent(namespace, keys)
+        self.ready = pb.StoreResponse(ready=pb.StoreReady(wanted=wanted)).SerializeToString()
+        self._session = StoreSession(
+            store, namespace, keys, wanted, packed=packed, counters=counters
+        )
+        self._committed = False
+
+    def take(self, spans: Sequence[pb.Span], payload: memoryview) -> None:
+        """Writes a message's spans to their pages. May run in several threads.
+
+        Raises:
+            PolarCacheError: The message is refused.
+        """
+        self._session.take(spans, payload)
+
+    def commit(self) -> bytes:
+        """Makes the blocks visible; the last frame.
+
+        Raises:
+            PolarCacheError: A block is not whole, or Redis did not confirm.
+        """
+        num_stored = self._session.publish(durable=self._durable)
+        if self._durable:
+            self._store.persist(self._namespace, self._keys)
+        self._committed = True
+        num_present = len(self._keys) - num_stored
+        self._counters.add("stored_present_blocks_total", num_present)
+        result = pb.StoreResult(num_stored=num_stored, num_present=num_present)
+        return pb.StoreResponse(result=result).SerializeToString()
+
+    def close(self) -> None:
+        """Frees what did not become visible, after the writes that run."""
+        self._session.close()
+        self._counters.add("store_failed_requests_total", not self._committed)
+
+
+class RetrieveTransfer:
+    """A retrieve. Send `header`, then a frame for each of `plan`; `close` in any case."""
+
+    def __init__(
+        self,
+        store: BlockStore,
+        namespace: Namespace,
+        pinned: Pinned,
+        *,
+        packed: bool,
+        counters: Counters,
+    ) -> None:
+        self._store = store
+        self._namespace = namespace
+        self._pinned = pinned
+        self._packed = packed
+        self._counters = counters
+        self.slice_bytes = namespace.codec.slice_bytes(packed=packed)
+        header = pb.RetrieveHeader(num_blocks=len(pinned.entries), miss_reason=pinned.miss_reason)
+        self.header = pb.RetrieveResponse(header=header).SerializeToString()
+
+    def plan(self, frame_bytes: int) -> Iterator[list[Slice]]:
+        """Slices of each frame, layer by layer, all blocks of a layer before the next."""
+        per_frame = max(1, frame_bytes // self.slice_bytes)
+        frame: list[Slice] = []
+        for layer in range(self._namespace.spec.layout.num_layers):
+            for i, entry in enumerate(self._pinned.entries):
+                frame.append(Slice(i, layer, entry))
+                if len(frame) == per_frame:
+                    yield frame
+                    frame = []
+        if frame:
+            yield frame
+
+    def message(self, frame: list[Slice]) -> bytes:
+        """A frame that carries its payload."""
+        buffers, spans = self._read(frame)
+        return join_frame(pb.RetrieveResponse(spans=spans), buffers)
+
+    def into_region(self, frame: list[Slice], where: pb.RegionRange, view: memoryview) -> bytes:
+        """A frame whose payload is put into shared memory."""
+        buffers, spans = self._read(frame)
+        end = 0
+        for buffer in buffers:
+            view[end : end + len(buffer)] = buffer
+            end += len(buffer)
+        return pb.RetrieveResponse(spans=spans, region=where).SerializeToString()
+
+    def close(self, *, complete: bool) -> None:
+        """Lets go of the blocks, once no frame is being built.
+
+        Args:
+            complete: Whether everything was sent.
+        """
+        self._store.unpin(self._pinned)
+        if complete:
+            self._counters.add("retrieved_blocks_total", len(self._pinned.entries))
+        else:
+            self._counters.add("retrieve_failed_requests_total")
+
+    def _read(self, frame: list[Slice]) -> tuple[list[Buffer], list[pb.Span]]:
+        start_ns = time.monotonic_ns()
+        pages = [self._store.memory.view(one.entry.page) for one in frame]
+        layers = [one.layer for one in frame]
+        buffers = self._namespace.codec.read(pages, layers, packed=self._packed)
+        self._counters.add("codec_decode_ns_total", time.monotonic_ns() - start_ns)
+        self._counters.add("sent_payload_bytes_total", sum(len(buffer) for buffer in buffers))
+        spans = [
+            pb.Span(
+                block_index=one.block_index,
+                first_layer=one.layer,
+                num_layers=1,
+                checksum=checksum(buffer),
+            )
+            for one, buffer in zip(frame, buffers, strict=True)
+        ]
+        return buffers, spans
+
+
+def check_keys(block_keys: Sequence[bytes], most: int) -> list[bytes]:
+    """Block keys of a request, checked.
+
+    Raises:
+        InvalidRequestError: There are none or too many, or one is empty or too long.
+    """
+    if not 1 <= len(block_keys) <= most:
+        raise InvalidRequestError(f"expected 1 to {most} block keys, got {len(block_keys)}")
+    for i, key in enumerate(block_keys):
+        if not 1 <= len(key) <= MAX_BLOCK_KEY_BYTES:
+            raise InvalidRequestError(
+                f"block key {i} is {len(key)} bytes; expected 1 to {MAX_BLOCK_KEY_BYTES}"
+            )
+    return list(block_keys)
+
+
+def _is_packed(block_format: int) -> bool:
+    if block_format not in (pb.BLOCK_FORMAT_RAW, pb.BLOCK_FORMAT_PACKED):
+        raise InvalidRequestError(f"format must be RAW or PACKED, got {block_format}")
+    return block_format == pb.BLOCK_FORMAT_PACKED
