@@ -1,0 +1,99 @@
+"""The demo's tables, its one-line verdict and its picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["draw_quality", "print_report", "verdict"]
+
+Row = dict[str, Any]
+
+
+def print_report(console: Console, results: dict[str, Any]) -> None:
+    """Prints who was served what, and what each profile costs and keeps."""
+    served = Table(title="who was served what", title_justify="left")
+    for column in ("worker", "profile", "tokens matched", "from", "time to first token",
+                   "without cache", "speed-up", "answers as recomputed"):  # fmt: skip
+        served.add_column(column, justify="left" if column in ("worker", "profile") else "right")
+    for worker in ("B", "C"):
+        for row in results[worker]:
+            served.add_row(
+                worker,
+                row["profile"],
+                f"{row['tokens_matched']}",
+                "+".join(row["tiers"]),
+                f"{row['ttft_s'] * 1e3:.0f} ms",
+                f"{row['ttft_without_s'] * 1e3:.0f} ms",
+                f"{row['ttft_without_s'] / row['ttft_s']:.1f}x",
+                f"{row['answers_agree']} of {row['answers']}",
+            )
+    console.print(served)
+    kept = Table(title="what each profile costs and keeps", title_justify="left")
+    for column in ("profile", "raw", "packed", "ratio", "bits/element", "perplexity", "change",
+                   "KL (mnat)", "recall"):  # fmt: skip
+        kept.add_column(column, justify="left" if column == "profile" else "right")
+    for sizes, row in zip(results["A"], results["C"], strict=True):
+        change = row["perplexity"] / row["perplexity_exact"] - 1
+        kept.add_row(
+            row["profile"],
+            f"{sizes['raw_bytes'] / 2**20:.2f} MiB",
+            f"{sizes['packed_bytes'] / 2**20:.2f} MiB",
+            f"{sizes['raw_bytes'] / sizes['packed_bytes']:.2f}x",
+            f"{sizes['bits']:.3f}",
+            f"{row['perplexity']:.3f}",
+            f"{change:+.2%}",
+            f"{row['kl_millinats']:.1f}",
+            f"{row['recall']:.1%}",
+        )
+    console.print(kept)
+
+
+def verdict(results: dict[str, Any]) -> tuple[bool, str]:
+    """Whether everything is as it must be, and one line that says so."""
+    rows = results["B"] + results["C"]
+    exact = [row for row in rows if row["profile"] == "exact"]
+    exact_agrees = all(row["answers_agree"] == row["answers"] for row in exact)
+    from_redis = all(row["tiers"] == ["redis"] for row in results["C"])
+    coded = [row for row in rows if row["profile"] != "exact"]
+    agreeing = sum(row["answers_agree"] for row in coded)
+    total = sum(row["answers"] for row in coded)
+    line = (
+        f"outputs {'agree' if exact_agrees else 'DISAGREE'}: exact profile equal to recomputing in "
+        f"every answer{'' if exact_agrees else ' but some'}; quantized profiles in {agreeing} of "
+        f"{total}; worker C was served {'' if from_redis else 'NOT '}from Redis alone"
+    )
+    return exact_agrees and from_redis, line
+
+
+def draw_quality(results: dict[str, Any], path: Path) -> None:
+    """One point a profile: how far its predictions are from exact, against bits per element."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8.5, 5))
+    for sizes, row in zip(results["A"], results["C"], strict=True):
+        if row["profile"] == "exact":
+            continue
+        bits, divergence = sizes["bits"], row["kl_millinats"]
+        axes.scatter(bits, divergence, s=60, zorder=3)
+        axes.annotate(
+            f"{row['profile']}\nrecall {row['recall']:.0%}",
+            (bits, divergence),
+            textcoords="offset points",
+            xytext=(8, 4),
+            fontsize=8,
+        )
+    axes.set_yscale("log")
+    axes.margins(x=0.25, y=0.2)
+    axes.set_xlabel("bits per element, keys and values, parameters included")
+    axes.set_ylabel("KL(exact || coded) of the next token, milli-nats")
+    axes.set_title("Tiny LM reading its whole prefix through the codec (lower is better)")
+    axes.grid(visible=True, which="both", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

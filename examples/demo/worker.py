@@ -1,0 +1,183 @@
+"""One inference worker of the demo, in a process of its own: `worker.py ROLE SETTINGS_JSON`.
+
+It knows the service's endpoint and the document, nothing of the other workers. It prints JSON
+lines: {"step", "done", "total"} while it works, {"result": ...} at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from document import MODEL_DIR, VALUE_TOKENS, Document, make_document
+from model import LanguageModel, Layers
+
+from polarcache.client import Client, Namespace, NamespaceSpec, chain_keys
+
+Settings = dict[str, Any]
+
+
+def main() -> None:
+    """Runs the role and prints its result."""
+    role, settings = sys.argv[1], json.loads(sys.argv[2])
+    torch.set_num_threads(2)
+    document = make_document(
+        settings["tokens"], settings["records"], settings["continuation_tokens"]
+    )
+    say("load the model", 0, 1)
+    model = LanguageModel(MODEL_DIR)
+    with Client(settings["endpoint"], timeout_s=20) as client:
+        result = {"store": store, "reuse": reuse, "judge": judge}[role](
+            client, model, document, settings
+        )
+    print(json.dumps({"result": result}), flush=True)
+
+
+def store(client: Client, model: LanguageModel, document: Document, settings: Settings) -> Any:
+    """Prefills the document and stores its blocks through every profile."""
+    length = len(document.tokens)
+    layers = model.prefill(document.tokens, lambda done: say("prefill", done, length))
+    rows = []
+    for i, profile in enumerate(settings["profiles"]):
+        say("store", i, len(settings["profiles"]))
+        namespace = open_namespace(client, model, profile)
+        keys = chain_keys(document.tokens.tolist(), namespace.spec.layout.block_tokens)
+        start_s = time.perf_counter()
+        stored = client.store(namespace, keys, layers)
+        rows.append(
+            {
+                "profile": profile,
+                "blocks": stored.num_stored,
+                "raw_bytes": len(keys) * namespace.raw_block_bytes,
+                "packed_bytes": len(keys) * namespace.packed_block_bytes,
+                "bits": namespace.bits,
+                "store_s": time.perf_counter() - start_s,
+            }
+        )
+    return rows
+
+
+def reuse(client: Client, model: LanguageModel, document: Document, settings: Settings) -> Any:
+    """Answers questions with the stored prefix, and without it."""
+    records = settings["questions"]
+    model.answer(model.prefill(document.tokens[:512]), document.question(0), 1)  # Warms up.
+    say("answer without the cache", 0, 1)
+    recomputed, ttft_without_s = timed_answer(
+        model, lambda: model.prefill(document.tokens), document.question(records[0])
+    )
+    local = model.prefill(document.tokens)
+    expected = [recomputed] + [
+        model.answer(local, document.question(record), VALUE_TOKENS) for record in records[1:]
+    ]
+    rows = []
+    for i, profile in enumerate(settings["profiles"]):
+        say("answer from the store", i, len(settings["profiles"]))
+        namespace = open_namespace(client, model, profile)
+        keys = chain_keys(document.tokens.tolist(), namespace.spec.layout.block_tokens)
+        seen: dict[str, Any] = {}
+
+        def fetch(
+            namespace: Namespace = namespace, keys: list[bytes] = keys, seen: Any = seen
+        ) -> Layers:
+            match = client.lookup(namespace, keys)
+            seen["match"], seen["prefix"] = match, client.retrieve(match).layers
+            client.release(match)
+            return list(seen["prefix"])
+
+        first, ttft_s = timed_answer(model, fetch, document.question(records[0]))
+        answers = [first] + [
+            model.answer(seen["prefix"], document.question(record), VALUE_TOKENS)
+            for record in records[1:]
+        ]
+        rows.append(
+            {
+                "profile": profile,
+                "tokens_matched": seen["match"].num_tokens,
+                "tiers": sorted(set(seen["match"].tiers)),
+                "ttft_s": ttft_s,
+                "ttft_without_s": ttft_without_s,
+                "answers_agree": sum(a == b for a, b in zip(answers, expected, strict=True)),
+                "answers_right": sum(
+                    answer == document.values[record].tolist()
+                    for answer, record in zip(answers, records, strict=True)
+                ),
+                "answers": len(answers),
+            }
+        )
+    return rows
+
+
+def judge(client: Client, model: LanguageModel, document: Document, settings: Settings) -> Any:
+    """Perplexity of the continuation and recall of all records, read through every profile."""
+    rows = reuse(client, model, document, settings)
+    exact = quality(model, document, model.prefill(document.tokens))
+    reference = exact.pop("log_probabilities")
+    for i, row in enumerate(rows):
+        say("judge", i, len(rows))
+        namespace = open_namespace(client, model, row["profile"])
+        keys = chain_keys(document.tokens.tolist(), namespace.spec.layout.block_tokens)
+        match = client.lookup(namespace, keys)
+        coded = quality(model, document, client.retrieve(match).layers)
+        client.release(match)
+        log_probabilities = coded.pop("log_probabilities")
+        difference = reference.exp() * (reference - log_probabilities)
+        row |= coded
+        row["kl_millinats"] = float(difference.sum(-1).mean()) * 1e3
+        row["perplexity_exact"] = exact["perplexity"]
+        row["recall_exact"] = exact["recall"]
+    return rows
+
+
+def quality(model: LanguageModel, document: Document, prefix: Layers) -> dict[str, Any]:
+    """Perplexity, recall, and log-probabilities [T, vocabulary] of the continuation."""
+    text = document.continuation
+    log_probabilities = model.logits(prefix, text)[:-1].log_softmax(-1)
+    loss = -log_probabilities.gather(1, text[1:, None]).mean()
+    exam, starts = document.exam()
+    predicted = model.logits(prefix, exam).argmax(-1)
+    right = [
+        bool((predicted[start - 1 : start - 1 + VALUE_TOKENS] == value).all())
+        for start, value in zip(starts.tolist(), document.values, strict=True)
+    ]
+    return {
+        "perplexity": float(loss.exp()),
+        "recall": sum(right) / len(right),
+        "log_probabilities": log_probabilities,
+    }
+
+
+def timed_answer(
+    model: LanguageModel, prefix: Callable[[], Layers], question: torch.Tensor
+) -> tuple[list[int], float]:
+    """An answer, and the seconds to its first token, making the prefix included."""
+    start_s = time.perf_counter()
+    first_s = start_s
+
+    def on_first() -> None:
+        nonlocal first_s
+        first_s = time.perf_counter()
+
+    answer = model.answer(prefix(), question, VALUE_TOKENS, on_first)
+    return answer, first_s - start_s
+
+
+def open_namespace(client: Client, model: LanguageModel, profile: str) -> Namespace:
+    """The demo's namespace with a profile."""
+    spec = NamespaceSpec(model="tiny-lm", revision="1", layout=model.layout, profile=profile)
+    return client.open_namespace(spec)
+
+
+def say(step: str, done: int, total: int) -> None:
+    """Tells the demo how far the work is."""
+    print(json.dumps({"step": step, "done": done, "total": total}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
