@@ -37,6 +37,11 @@ class Document:
         ask, equals = torch.tensor([ASK]), torch.tensor([EQUALS])
         return torch.cat([ask, self.keys[record], equals])
 
+    def prompt(self, record: int) -> torch.Tensor:
+        """Tokens that ask for a record after showing, with record 0, how answers look."""
+        shown = [self.question(0), self.values[0], torch.tensor([SEPARATOR])]
+        return torch.cat([*shown, self.question(record)])
+
     def exam(self) -> tuple[torch.Tensor, torch.Tensor]:
         """All questions with their answers in one text, and where the answers start."""
         pieces = []

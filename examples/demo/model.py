@@ -5,12 +5,12 @@ The cache holds fp16 numbers, as an engine's would; arithmetic is fp32.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils import logging as transformers_logging
 
 from polarcache.client import KvLayout
 
@@ -28,7 +28,8 @@ class LanguageModel:
     """
 
     def __init__(self, directory: Path) -> None:
-        logging.getLogger("transformers").setLevel(logging.ERROR)
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
         self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         config = self._model.config
         self.layout = KvLayout(

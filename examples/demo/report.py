@@ -18,8 +18,9 @@ def print_report(console: Console, results: dict[str, Any]) -> None:
     """Prints who was served what, and what each profile costs and keeps."""
     served = Table(title="who was served what", title_justify="left")
     for column in ("worker", "profile", "tokens matched", "from", "time to first token",
-                   "without cache", "speed-up", "answers as recomputed"):  # fmt: skip
-        served.add_column(column, justify="left" if column in ("worker", "profile") else "right")
+                   "without cache", "speed-up", "as recomputed", "right"):  # fmt: skip
+        left = column in ("worker", "profile")
+        served.add_column(column, justify="left" if left else "right", no_wrap=column == "profile")
     for worker in ("B", "C"):
         for row in results[worker]:
             served.add_row(
@@ -31,12 +32,14 @@ def print_report(console: Console, results: dict[str, Any]) -> None:
                 f"{row['ttft_without_s'] * 1e3:.0f} ms",
                 f"{row['ttft_without_s'] / row['ttft_s']:.1f}x",
                 f"{row['answers_agree']} of {row['answers']}",
+                f"{row['answers_right']} of {row['answers']}",
             )
     console.print(served)
     kept = Table(title="what each profile costs and keeps", title_justify="left")
     for column in ("profile", "raw", "packed", "ratio", "bits/element", "perplexity", "change",
                    "KL (mnat)", "recall"):  # fmt: skip
-        kept.add_column(column, justify="left" if column == "profile" else "right")
+        left = column == "profile"
+        kept.add_column(column, justify="left" if left else "right", no_wrap=left)
     for sizes, row in zip(results["A"], results["C"], strict=True):
         change = row["perplexity"] / row["perplexity_exact"] - 1
         kept.add_row(

@@ -159,7 +159,7 @@ def run(console: Console, output: Path, scale: dict[str, Any]) -> dict[str, Any]
                 progress.update(task, completed=1)
                 scale = {**scale, "endpoint": service.endpoint}
                 results["A"] = run_worker(progress, "A", "store", scale)
-                some = {**scale, "questions": [3, 5, 7], "profiles": scale["profiles"][:3]}
+                some = {**scale, "questions": [3, 5, 7, 8], "profiles": scale["profiles"][:3]}
                 results["B"] = run_worker(progress, "B", "reuse", some)
                 task = progress.add_task("service: shrink memory, restart", total=2)
                 results["spill"] = shrink(service)
@@ -167,7 +167,7 @@ def run(console: Console, output: Path, scale: dict[str, Any]) -> dict[str, Any]
                 service.stop()
                 service.start()
                 progress.update(task, completed=2)
-                others = {**scale, "questions": [1, 9, 11], "endpoint": service.endpoint}
+                others = {**scale, "questions": [1, 9, 11, 12], "endpoint": service.endpoint}
                 results["C"] = run_worker(progress, "C", "judge", others)
         finally:
             service.stop()
@@ -181,7 +181,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a shorter document, fewer profiles")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = Console(width=max(120, Console().width))
     start_s = time.monotonic()
     scale = QUICK if options.quick else FULL
     results = run(console, options.output, scale)

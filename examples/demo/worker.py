@@ -67,14 +67,14 @@ def store(client: Client, model: LanguageModel, document: Document, settings: Se
 def reuse(client: Client, model: LanguageModel, document: Document, settings: Settings) -> Any:
     """Answers questions with the stored prefix, and without it."""
     records = settings["questions"]
-    model.answer(model.prefill(document.tokens[:512]), document.question(0), 1)  # Warms up.
+    model.answer(model.prefill(document.tokens[:512]), document.prompt(0), 1)  # Warms up.
     say("answer without the cache", 0, 1)
     recomputed, ttft_without_s = timed_answer(
-        model, lambda: model.prefill(document.tokens), document.question(records[0])
+        model, lambda: model.prefill(document.tokens), document.prompt(records[0])
     )
     local = model.prefill(document.tokens)
     expected = [recomputed] + [
-        model.answer(local, document.question(record), VALUE_TOKENS) for record in records[1:]
+        model.answer(local, document.prompt(record), VALUE_TOKENS) for record in records[1:]
     ]
     rows = []
     for i, profile in enumerate(settings["profiles"]):
@@ -91,9 +91,9 @@ def reuse(client: Client, model: LanguageModel, document: Document, settings: Se
             client.release(match)
             return list(seen["prefix"])
 
-        first, ttft_s = timed_answer(model, fetch, document.question(records[0]))
+        first, ttft_s = timed_answer(model, fetch, document.prompt(records[0]))
         answers = [first] + [
-            model.answer(seen["prefix"], document.question(record), VALUE_TOKENS)
+            model.answer(seen["prefix"], document.prompt(record), VALUE_TOKENS)
             for record in records[1:]
         ]
         rows.append(
