@@ -79,20 +79,23 @@ def draw_quality(results: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8.5, 5))
+    markers = iter("osD^vP*X")
     for sizes, row in zip(results["A"], results["C"], strict=True):
-        if row["profile"] == "exact":
-            continue
-        bits, divergence = sizes["bits"], row["kl_millinats"]
-        axes.scatter(bits, divergence, s=60, zorder=3)
-        axes.annotate(
-            f"{row['profile']}\nrecall {row['recall']:.0%}",
-            (bits, divergence),
-            textcoords="offset points",
-            xytext=(8, 4),
-            fontsize=8,
-        )
+        if row["profile"] != "exact":
+            label = f"{row['profile']}   recall {row['recall']:.0%}"
+            axes.scatter(
+                sizes["bits"],
+                row["kl_millinats"],
+                s=70,
+                marker=next(markers),
+                label=label,
+                zorder=3,
+            )
     axes.set_yscale("log")
-    axes.margins(x=0.25, y=0.2)
+    axes.margins(x=0.1, y=0.15)
+    axes.legend(loc="upper right", fontsize=9)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("bits per element, keys and values, parameters included")
     axes.set_ylabel("KL(exact || coded) of the next token, milli-nats")
     axes.set_title("Tiny LM reading its whole prefix through the codec (lower is better)")
