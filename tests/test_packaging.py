@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 import tomllib
@@ -53,3 +54,15 @@ def test_source_files_stay_small() -> None:
         for path in (ROOT / folder).rglob("*.py"):
             if "_pb2" not in path.name:
                 assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_the_readme_s_configuration_table_is_up_to_date() -> None:
+    script = ROOT / "scripts" / "configuration_table.py"
+    subprocess.run([sys.executable, str(script), "--check"], check=True)
+
+
+def test_links_of_the_documents_lead_somewhere() -> None:
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("d*/**/*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+            if "://" not in target:
+                assert (document.parent / target).exists(), f"{document}: {target}"
