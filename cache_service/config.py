@@ -55,7 +55,8 @@ class ServiceConfig(BaseSettings):
         1000, description="Longest wait for one answer of Redis, milliseconds."
     )
     redis_ttl_s: Annotated[int, Field(ge=1)] = Field(
-        86_400, description="Life of a record in Redis since it was last written or found, seconds."
+        86_400,
+        description="Life of a record in Redis since it was written or stored again, seconds.",
     )
     redis_memory: Annotated[ByteSize, Field(ge=1 << 20)] = Field(
         ByteSize(4 << 30), description="Most bytes the embedded Redis may use; it evicts by LRU."

@@ -33,6 +33,7 @@ class MemoryTier:
         self._leases = LeaseTable()
         self._changed = threading.Condition()
         self._num_victims = 0
+        self._num_pinned = 0
         self.leases_expired = 0
 
     def find(self, namespace_id: bytes, block_keys: Sequence[bytes]) -> list[Entry | None]:
@@ -232,6 +233,11 @@ class MemoryTier:
         with self._changed:
             self._pool.limit_bytes = min(limit_bytes, self._pool.capacity_bytes)
 
+    @property
+    def capacity_bytes(self) -> int:
+        """Bytes of the pool."""
+        return self._pool.capacity_bytes
+
     def over_limit_bytes(self) -> int:
         """Bytes in use beyond the limit, negative below it."""
         with self._changed:
@@ -247,7 +253,7 @@ class MemoryTier:
                 "memory_limit_bytes": self._pool.limit_bytes,
                 "memory_capacity_bytes": self._pool.capacity_bytes,
                 "leases": len(self._leases),
-                "pinned_blocks": sum(entry.pins > 0 for entry in self._index),
+                "pinned_blocks": self._num_pinned,
             }
 
     def blocks_by_namespace(self) -> dict[bytes, int]:
@@ -263,10 +269,10 @@ class MemoryTier:
             self.leases_expired += 1
             self._unpin(lease.entries)
 
-    @staticmethod
-    def _pin(entries: Sequence[Entry | None]) -> list[Entry]:
+    def _pin(self, entries: Sequence[Entry | None]) -> list[Entry]:
         pinned = [entry for entry in entries if entry is not None]
         for entry in pinned:
+            self._num_pinned += entry.pins == 0
             entry.pins += 1
         return pinned
 
@@ -274,6 +280,7 @@ class MemoryTier:
         for entry in entries:
             if entry is not None:
                 entry.pins -= 1
+                self._num_pinned -= entry.pins == 0
                 if entry.removed and entry.pins == 0:
                     self._pool.free(entry.page)
         self._changed.notify_all()

@@ -96,7 +96,7 @@ class KvCacheServicer:
                 max_blocks_per_call=config.max_blocks_per_call,
                 max_message_bytes=config.max_message_bytes,
                 frame_bytes=config.frame_bytes,
-                memory_bytes=self._store.memory.gauges()["memory_capacity_bytes"],
+                memory_bytes=self._store.memory.capacity_bytes,
                 max_lease_ms=config.max_lease_ms,
             ),
             health=pb.HEALTH_STATUS_DRAINING if self.draining else health,
@@ -220,7 +220,7 @@ class KvCacheServicer:
         self, request: pb.SetMemoryLimitRequest, context: Context
     ) -> pb.SetMemoryLimitResponse:
         """Sets the bytes that memory may use."""
-        capacity = self._store.memory.gauges()["memory_capacity_bytes"]
+        capacity = self._store.memory.capacity_bytes
         await self._workers.io(self._store.set_limit, request.limit_bytes or capacity)
         gauges = self._store.memory.gauges()
         return pb.SetMemoryLimitResponse(
