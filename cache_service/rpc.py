@@ -92,5 +92,8 @@ def as_typed(error: Exception, call: str) -> PolarCacheError:
 
 
 async def _abort(context: grpc.aio.ServicerContext, error: Exception, method: str) -> None:
+    if isinstance(error, grpc.aio.InternalError):
+        _log.debug("%s: the worker is gone: %s", method, error)
+        return
     code, message, metadata = status_of(as_typed(error, method))
     await context.abort(code, message, metadata)

@@ -7,12 +7,13 @@ the last one written, so the wire and the codec overlap. A silent worker's strea
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import Future, wait
 from typing import Any, TypeAlias
 
 import grpc
 
 from polarcache.cache_service.config import ServiceConfig
-from polarcache.cache_service.transfers import StoreTransfer, Transfers
+from polarcache.cache_service.transfers import RetrieveTransfer, StoreTransfer, Transfers
 from polarcache.cache_service.workers import Workers
 from polarcache.proto.errors import DeadlineError, InvalidRequestError
 from polarcache.proto.frames import split_frame
@@ -59,23 +60,21 @@ class BlockStreams:
         transfer = await self._workers.io_owned(
             lambda late: late.close(complete=False), self._transfers.begin_retrieve, first
         )
-        building: asyncio.Future[bytes] | None = None
+        building: list[Future[bytes]] = []
         complete = False
         try:
             await context.write(transfer.header)
             for frame in transfer.plan(self._config.frame_bytes):
-                upcoming = self._workers.cpu(transfer.message, frame)
-                if building is not None:
-                    await context.write(await building)
-                building = upcoming
-            if building is not None:
-                await context.write(await building)
+                building.append(self._workers.submit_cpu(transfer.message, frame))
+                if len(building) > 1:
+                    await context.write(await asyncio.wrap_future(building[0]))
+                    del building[0]
+            for future in building:
+                await context.write(await asyncio.wrap_future(future))
             complete = True
         finally:
-            # Behind the frame that is being built: it reads the pages.
-            if building is not None:
-                await asyncio.wait([building])
-            self._workers.io_later(lambda: transfer.close(complete=complete))
+            # In a thread, and nothing is awaited here, where a second cancellation could strike.
+            self._workers.io_later(lambda: _end(transfer, building, complete=complete))
 
     async def _take_frames(self, context: Context, transfer: StoreTransfer) -> None:
         """Reads messages until `commit`, while those before are written to their pages."""
@@ -116,3 +115,11 @@ class BlockStreams:
             raise InvalidRequestError("the worker ended the stream before its last message")
         message: bytes = frame
         return message
+
+
+def _end(transfer: RetrieveTransfer, building: list[Future[bytes]], *, complete: bool) -> None:
+    """Ends a retrieve once no thread reads its pages any more."""
+    for future in building:
+        future.cancel()
+    wait(building)
+    transfer.close(complete=complete)

@@ -31,6 +31,12 @@ class Workers:
         """Runs codec or copy work."""
         return asyncio.wrap_future(self._cpu.submit(work, *args, **kwargs))
 
+    def submit_cpu(
+        self, work: Callable[P, ResultT], *args: P.args, **kwargs: P.kwargs
+    ) -> Future[ResultT]:
+        """Like `cpu`, for a result that is awaited later or not at all."""
+        return self._cpu.submit(work, *args, **kwargs)
+
     def io(
         self, work: Callable[P, ResultT], *args: P.args, **kwargs: P.kwargs
     ) -> asyncio.Future[ResultT]:
