@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -233,6 +234,46 @@ def stored_bytes(client: Client) -> int:
     return int(client.stats().gauges["memory_used_bytes"])
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a page."""
+    columns = list(Row.__dataclass_fields__)
+    lines = [
+        "# Store and retrieve against a raw loopback socket",
+        "",
+        f"`python benchmarks/put_get.py --output benchmarks/results`, {result['date']}, "
+        f"{result['machine']}, commit {result['commit']}. Ratios of fp16-equivalent bytes a second "
+        "to a raw TCP socket that moves the same fp16 bytes between two processes; medians of "
+        "interleaved pairs. `*_codec_ms` is the time in codec, checks and page copies, summed over "
+        "threads; the rest is the wire. Tier time is zero here: Redis is off.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---|" * len(columns),
+        *("| " + " | ".join(str(row[c]) for c in columns) + " |" for row in result["rows"]),
+        "",
+        "Resident memory of the service as it stores packed blocks: "
+        + ", ".join(f"{name} {value}" for name, value in result["memory"].items())
+        + ".",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
+def commit() -> str:
+    """Short hash of the checkout, or "unknown"."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
+
+
 def main() -> None:
     """Runs everything and prints it."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -275,12 +316,15 @@ def main() -> None:
     raw.close()
     result = {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.processor() or platform.machine()}, {psutil.cpu_count()} cores",
+        "machine": f"{cpu_name()}, {psutil.cpu_count()} cores",
+        "commit": commit(),
         "rows": [asdict(row) for row in rows],
         "memory": resident,
     }
     if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
         (options.output / "put_get.json").write_text(json.dumps(result, indent=1) + "\n")
+        (options.output / "put_get.md").write_text(markdown(result))
     if options.json:
         print(json.dumps(result, indent=1))
         return
