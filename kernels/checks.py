@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -35,20 +37,43 @@ def check_packed(layout: PackedLayout, dtype: torch.dtype, packed: Tensor) -> No
     """
     if packed.shape[0] == 0:
         return
+    for start, stop, number in _runs(layout, dtype):
+        integer, mask, least = _PATTERNS[number]
+        run = packed[:, start:stop]
+        if run.is_cuda:
+            peak = int((run.view(integer) & mask).amax())
+        else:
+            signed = run.numpy().view(f"i{number.itemsize}")
+            unsigned = signed.view(f"u{number.itemsize}")
+            peak = max(int(signed.max()), int(unsigned.max()) & mask)
+        if peak >= least:
+            _refuse(layout, dtype, packed)
+
+
+@functools.lru_cache(maxsize=256)
+def _runs(layout: PackedLayout, dtype: torch.dtype) -> list[tuple[int, int, torch.dtype]]:
+    """Byte ranges of neighbouring float fields, and their dtype; pads between are zero."""
+    runs: list[tuple[int, int, torch.dtype]] = []
+    previous_is_float = False
     for field in layout.fields:
-        if field.dtype == "code":
+        is_float = field.dtype in ("element", "float16")
+        number = dtype if field.dtype == "element" else torch.float16
+        stop = field.offset + field.num_bytes
+        if is_float and previous_is_float and runs[-1][2] is number:
+            runs[-1] = (runs[-1][0], stop, number)
+        elif is_float:
+            runs.append((field.offset, stop, number))
+        previous_is_float = is_float
+    return runs
+
+
+def _refuse(layout: PackedLayout, dtype: torch.dtype, packed: Tensor) -> None:
+    for field in layout.fields:
+        if field.dtype not in ("element", "float16"):
             continue
         integer, mask, least = _PATTERNS[dtype if field.dtype == "element" else torch.float16]
         numbers = packed[:, field.offset : field.offset + field.num_bytes].view(integer)
-        if numbers.is_cuda:
-            peaks = (numbers & mask).amax(1)
-        else:
-            signed = numbers.numpy()
-            unsigned = signed.view(f"u{signed.dtype}")
-            peaks = torch.maximum(
-                torch.from_numpy(signed.max(1)),
-                torch.from_numpy((unsigned.max(1) & mask).astype(signed.dtype)),
-            )
-        if int(peaks.amax()) >= least:
-            first = int(torch.nonzero(peaks >= least)[0])
-            raise NonFiniteError(f"{field.name} of slice {first}: expected finite numbers")
+        bad = torch.nonzero((numbers & mask).amax(1) >= least)
+        if len(bad):
+            raise NonFiniteError(f"{field.name} of slice {int(bad[0])}: expected finite numbers")
+    raise NonFiniteError("pad bytes: expected zeros")
