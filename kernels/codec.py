@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from polarcache.kernels import values
-from polarcache.kernels.bits import pack_bits, unpack_bits
+from polarcache.kernels.bits import pack_field, unpack_field
 from polarcache.kernels.errors import NonFiniteError, ShapeError
 from polarcache.kernels.layout import BlockShape, Field, PackedLayout
 from polarcache.kernels.polar import pair, recursive
@@ -67,7 +67,7 @@ class Codec:
             for side, codec, x in self._sides(keys[chunk], values[chunk]):
                 numbers = _encode_side(codec, self.shape, x)
                 for name, tensor in numbers.items():
-                    _write(self._field(side, name), tensor, out[chunk])
+                    pack_field(self._field(side, name), tensor, out[chunk])
                 peak = _peak(numbers)
                 if peak is not None:
                     peaks[f"{side}s"].append(peak)
@@ -93,7 +93,7 @@ class Codec:
         for chunk in self._chunks(packed):
             for side, codec, out in self._sides(keys_out[chunk], values_out[chunk]):
                 numbers = {
-                    field.name.removeprefix(f"{side}_"): _read(field, packed[chunk])
+                    field.name.removeprefix(f"{side}_"): unpack_field(field, packed[chunk])
                     for field in self.layout.fields
                     if field.name.startswith(f"{side}_")
                 }
@@ -156,7 +156,7 @@ def _encode_side(codec: KeyCodec | ValueCodec, shape: BlockShape, x: Tensor) -> 
         return {"codes": codes, "parameters": parameters}
     if isinstance(codec, Integer):
         codes, scales, zeros = values.encode(x, codec.bits, codec.channels_per_group(x.shape[-1]))
-        return {"codes": codes, "scales": scales, "zeros": zeros}
+        return {"codes": codes, "parameters": torch.stack((scales, zeros), 1)}
     tree = recursive.encode(x, codec)
     numbers = {f"level{level}": codes for level, codes in enumerate(tree.levels, start=1)}
     numbers["radii"] = tree.radii
@@ -174,34 +174,12 @@ def _decode_side(
     elif isinstance(codec, Pair):
         pair.decode(numbers["codes"], numbers["parameters"], codec, shape, out)
     elif isinstance(codec, Integer):
-        values.decode(numbers["codes"], numbers["scales"], numbers["zeros"], out)
+        scales, zeros = numbers["parameters"].unbind(1)
+        values.decode(numbers["codes"], scales, zeros, out)
     else:
         levels = tuple(numbers[f"level{level}"] for level in range(1, 5))
         tree = recursive.Codes(levels, numbers["radii"], numbers.get("codebook"))
         recursive.decode(tree, codec, out)
-
-
-def _write(field: Field, tensor: Tensor, out: Tensor) -> None:
-    """Writes one field of uint8 [N, slice_bytes]."""
-    target = out[:, field.offset : field.offset + field.num_bytes]
-    if field.dtype == "code":
-        pack_bits(tensor.flatten(1), field.bits, target)
-        return
-    source = tensor.view(torch.uint8)
-    target.view(source.shape).copy_(source)
-
-
-def _read(field: Field, packed: Tensor) -> Tensor:
-    """Reads one field of uint8 [N, slice_bytes]; elements stay bytes."""
-    source = packed[:, field.offset : field.offset + field.num_bytes]
-    if field.dtype == "element":
-        return source
-    shape = (packed.shape[0], *field.shape)
-    if field.dtype == "code":
-        num_codes = field.num_bytes * 8 // field.bits
-        return unpack_bits(source, field.bits, num_codes).view(shape)
-    # The copy is aligned, whatever the address of `packed`.
-    return source.clone(memory_format=torch.contiguous_format).view(torch.float16).view(shape)
 
 
 def _peak(numbers: _Numbers) -> Tensor | None:
