@@ -3,16 +3,17 @@
 The only module that checks tensors and that knows which algorithm a profile names.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from polarcache.kernels import values
 from polarcache.kernels.bits import pack_field, unpack_field
-from polarcache.kernels.errors import NonFiniteError, ShapeError
+from polarcache.kernels.calibration import Calibration
+from polarcache.kernels.errors import CalibrationError, NonFiniteError, ShapeError
 from polarcache.kernels.layout import BlockShape, Field, PackedLayout
-from polarcache.kernels.polar import pair, recursive
+from polarcache.kernels.polar import pair, sides
 from polarcache.kernels.profile import Exact, Integer, KeyCodec, Pair, Profile, ValueCodec
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -34,11 +35,25 @@ class Codec:
         layout: where the bytes of a packed slice lie.
     """
 
-    def __init__(self, profile: Profile, shape: BlockShape, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        shape: BlockShape,
+        dtype: torch.dtype,
+        calibration: Calibration | None = None,
+    ) -> None:
         """Lays out the packed slice.
 
+        Args:
+            profile: how keys and values are coded.
+            shape: shape of one layer of one block.
+            dtype: fp16, bf16 or fp32.
+            calibration: what `profile.calibration` names. Only `encode` needs it.
+
         Raises:
-            ShapeError: the dtype is none of the three, or a group does not divide the shape.
+            ShapeError: the dtype is none of the three, or a group or the calibration does not
+                fit the shape.
+            CalibrationError: the calibration is not the one that the profile names.
         """
         if dtype not in _DTYPES:
             raise ShapeError(f"dtype {dtype}: expected float16, bfloat16 or float32")
@@ -46,8 +61,13 @@ class Codec:
         self.shape = shape
         self.dtype = dtype
         self.layout = PackedLayout.of(profile, shape, dtype.itemsize)
+        if calibration is not None:
+            calibration.check(profile, shape)
+        self._calibration = calibration
 
-    def encode(self, keys: Tensor, values: Tensor, out: Tensor) -> None:
+    def encode(
+        self, keys: Tensor, values: Tensor, out: Tensor, layers: Sequence[int] | None = None
+    ) -> None:
         """Packs slices. Exact sides are copied unseen; other sides must be finite.
 
         Args:
@@ -55,19 +75,25 @@ class Codec:
                 any strides but a contiguous last dim.
             values: [N, T, Hkv, Dv], likewise.
             out: uint8 [N, slice_bytes], last dim contiguous; every byte is written once.
+            layers: layer of each of the N slices; read only where the profile names a calibration.
 
         Raises:
             ShapeError: a tensor differs from the above, or the devices differ.
+            CalibrationError: the profile names a calibration, and it or `layers` is missing.
             NonFiniteError: NaN, infinity, or a magnitude beyond fp16 parameters; `out` is then
                 undefined.
         """
         self._check(keys, values, out)
+        energies = self._energies(layers, out)
         peaks: dict[str, list[Tensor]] = {"keys": [], "values": []}
         for chunk in self._chunks(out):
             for side, codec, x in self._sides(keys[chunk], values[chunk]):
-                numbers = _encode_side(codec, self.shape, x)
+                numbers = _encode_side(
+                    codec, side, self.shape, x, None if energies is None else energies[chunk]
+                )
                 for name, tensor in numbers.items():
-                    pack_field(self._field(side, name), tensor, out[chunk])
+                    if name != sides.PEAKS:
+                        pack_field(self._field(side, name), tensor, out[chunk])
                 peak = _peak(numbers)
                 if peak is not None:
                     peaks[f"{side}s"].append(peak)
@@ -97,12 +123,22 @@ class Codec:
                     for field in self.layout.fields
                     if field.name.startswith(f"{side}_")
                 }
-                _decode_side(codec, self.shape, numbers, out)
+                _decode_side(codec, side, self.shape, numbers, out)
 
     def _sides(
         self, keys: Tensor, values: Tensor
     ) -> tuple[tuple[str, KeyCodec, Tensor], tuple[str, ValueCodec, Tensor]]:
         return ("key", self.profile.key, keys), ("value", self.profile.value, values)
+
+    def _energies(self, layers: Sequence[int] | None, out: Tensor) -> Tensor | None:
+        """Returns energies of queries [N, Hkv, P] for slices of the profile's calibration."""
+        if not self.profile.calibration:
+            return None
+        if self._calibration is None or layers is None or len(layers) != out.shape[0]:
+            raise CalibrationError(
+                f"profile {self.profile}: expected its calibration and the layer of each slice"
+            )
+        return self._calibration.energies(layers, out.device)
 
     def _field(self, side: str, name: str) -> Field:
         return next(field for field in self.layout.fields if field.name == f"{side}_{name}")
@@ -147,7 +183,9 @@ class Codec:
                 raise ShapeError(f"{name} {tensor.dtype}: expected {self.dtype}{also}")
 
 
-def _encode_side(codec: KeyCodec | ValueCodec, shape: BlockShape, x: Tensor) -> _Numbers:
+def _encode_side(
+    codec: KeyCodec | ValueCodec, side: str, shape: BlockShape, x: Tensor, query: Tensor | None
+) -> _Numbers:
     """Returns the numbers of every field of one side, named as in the layout."""
     if isinstance(codec, Exact):
         return {"elements": x}
@@ -157,16 +195,11 @@ def _encode_side(codec: KeyCodec | ValueCodec, shape: BlockShape, x: Tensor) -> 
     if isinstance(codec, Integer):
         codes, scales, zeros = values.encode(x, codec.bits, codec.channels_per_group(x.shape[-1]))
         return {"codes": codes, "parameters": torch.stack((scales, zeros), 1)}
-    tree = recursive.encode(x, codec)
-    numbers = {f"level{level}": codes for level, codes in enumerate(tree.levels, start=1)}
-    numbers["radii"] = tree.radii
-    if tree.codebook is not None:
-        numbers["codebook"] = tree.codebook
-    return numbers
+    return sides.encode(codec, side, shape, x, query)
 
 
 def _decode_side(
-    codec: KeyCodec | ValueCodec, shape: BlockShape, numbers: _Numbers, out: Tensor
+    codec: KeyCodec | ValueCodec, side: str, shape: BlockShape, numbers: _Numbers, out: Tensor
 ) -> None:
     """Decodes one side from the numbers of its fields."""
     if isinstance(codec, Exact):
@@ -177,9 +210,7 @@ def _decode_side(
         scales, zeros = numbers["parameters"].unbind(1)
         values.decode(numbers["codes"], scales, zeros, out)
     else:
-        levels = tuple(numbers[f"level{level}"] for level in range(1, 5))
-        tree = recursive.Codes(levels, numbers["radii"], numbers.get("codebook"))
-        recursive.decode(tree, codec, out)
+        sides.decode(codec, side, shape, numbers, out)
 
 
 def _peak(numbers: _Numbers) -> Tensor | None:

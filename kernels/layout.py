@@ -11,7 +11,16 @@ from math import gcd, prod
 from typing import Literal, Self
 
 from polarcache.kernels.errors import ShapeError
-from polarcache.kernels.profile import Exact, Integer, KeyCodec, Pair, Profile, ValueCodec
+from polarcache.kernels.profile import (
+    ArcPair,
+    Exact,
+    Integer,
+    KeyCodec,
+    Pair,
+    Polar,
+    Profile,
+    ValueCodec,
+)
 
 LAYOUT_VERSION = 2
 ALIGNMENT_BYTES = 16
@@ -219,13 +228,30 @@ def _specs(
         return _pair_specs(codec, shape)
     if isinstance(codec, Integer):
         return _integer_specs(codec, tokens, heads, head_dim)
+    if isinstance(codec, ArcPair):
+        return _arc_specs(codec, shape)
+    if isinstance(codec, Polar):
+        return _polar_specs(codec, shape, head_dim, side)
+    if codec.form == "deep":
+        levels = codec.level_bits(head_dim)
+        return [
+            *(_centre_specs(heads, head_dim, 1) if side == "key" else []),
+            *(
+                _rows_spec(f"level{level}", tokens, heads, head_dim >> level, bits)
+                for level, bits in enumerate(levels, start=1)
+            ),
+            _rows_spec("radii", tokens, heads, head_dim >> len(levels), 8),
+        ]
     specs: list[_Spec] = []
     blocks = head_dim // RECURSIVE_CHANNELS
     for level, bits in enumerate(RECURSIVE_BITS, start=1):
         order = _tree_order(side, tokens, heads, RECURSIVE_CHANNELS >> level, blocks)
         specs.append((f"level{level}", "code", (tokens, heads, head_dim >> level), bits, order))
     order = _tree_order(side, tokens, heads, 1, blocks)
-    specs.append(("radii", "float16", (tokens, heads, blocks), 16, order))
+    if codec.form == "log8":
+        specs.append(("radii", "code", (tokens, heads, blocks), 8, order))
+    else:
+        specs.append(("radii", "float16", (tokens, heads, blocks), 16, order))
     if codec.codebook == "kmeans":
         entries = sum(1 << bits for bits in RECURSIVE_BITS)
         specs.append(("codebook", "float16", (entries,), 16, Order((entries,), (0,))))
@@ -234,10 +260,7 @@ def _specs(
 
 def _pair_specs(codec: Pair, shape: BlockShape) -> list[_Spec]:
     if shape.tokens % codec.group_tokens:
-        raise ShapeError(
-            f"pair group of {codec.group_tokens} tokens: expected a divisor of the block's "
-            f"{shape.tokens} tokens (g32, g64, g128 or g256)"
-        )
+        raise _group_error(codec.group_tokens, shape.tokens)
     groups, heads, pairs = shape.tokens // codec.group_tokens, shape.kv_heads, shape.pairs
     kinds = len(PAIR_PARAMETERS)
     # A lane's pairs lie 8 apart, so each of the 8 runs of a kind is what one lane column reads.
@@ -247,6 +270,58 @@ def _pair_specs(codec: Pair, shape: BlockShape) -> list[_Spec]:
         ("codes", "code", codes, codec.bits, key_pair_order(*codes)),
         ("parameters", "float16", (groups, kinds, heads, pairs), 16, order),
     ]
+
+
+def _arc_specs(codec: ArcPair, shape: BlockShape) -> list[_Spec]:
+    tokens, heads, pairs = shape.tokens, shape.kv_heads, shape.pairs
+    if tokens % codec.group_tokens:
+        raise _group_error(codec.group_tokens, tokens)
+    specs: list[_Spec] = []
+    if codec.tiers:
+        specs.append(("order", "code", (heads, pairs), 8, Order((heads, pairs), (0, 1))))
+    for index, (count, radius_bits, angle_bits) in enumerate(codec.classes(pairs)):
+        specs.append(_rows_spec(f"radius{index}", tokens, heads, count, radius_bits))
+        specs.append(_rows_spec(f"angle{index}", tokens, heads, count, angle_bits))
+    size = (tokens // codec.group_tokens, 2, heads, pairs)
+    order = Order(size, (2, 0, 1, 3))
+    return [*specs, ("arcs", "code", size, 8, order), ("radii", "float16", size, 16, order)]
+
+
+def _polar_specs(codec: Polar, shape: BlockShape, head_dim: int, side: str) -> list[_Spec]:
+    tokens, heads = shape.tokens, shape.kv_heads
+    rows, by_head = (tokens, heads), Order((tokens, heads), (1, 0))
+    codes = _rows_spec("codes", tokens, heads, head_dim // 2, codec.bits)
+    if side == "value":
+        return [codes, ("gains", "float16", rows, 16, by_head)]
+    pairs = (heads, shape.pairs)
+    return [
+        *_centre_specs(heads, head_dim, 2),
+        ("balance", "code", pairs, 8, Order(pairs, (0, 1))),
+        codes,
+        ("gains", "code", rows, 8, by_head),
+    ]
+
+
+def _centre_specs(heads: int, head_dim: int, scales: int) -> list[_Spec]:
+    """Means of channels, and what scales them: the mean's step and, of 2, the largest gain."""
+    means, steps = (heads, head_dim), (heads, scales)
+    return [
+        ("means", "code", means, 8, Order(means, (0, 1))),
+        ("scales", "float16", steps, 16, Order(steps, (0, 1))),
+    ]
+
+
+def _rows_spec(name: str, tokens: int, heads: int, codes: int, bits: int) -> _Spec:
+    """Returns a field of codes that lie head by head, token by token."""
+    size = (tokens, heads, codes)
+    return (name, "code", size, bits, Order(size, (1, 0, 2)))
+
+
+def _group_error(group_tokens: int, tokens: int) -> ShapeError:
+    return ShapeError(
+        f"pair group of {group_tokens} tokens: expected a divisor of the block's {tokens} tokens "
+        "(g32, g64, g128 or g256)"
+    )
 
 
 def _integer_specs(codec: Integer, tokens: int, heads: int, head_dim: int) -> list[_Spec]:
