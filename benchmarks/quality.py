@@ -22,11 +22,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from quality_codecs import OURS, PUBLISHED_AND_PEERS, coder
+from quality_codecs import CALIBRATED, OURS, PUBLISHED_AND_PEERS, coder
 from quality_data import load_tokens, recalls, texts
 from quality_measure import Figures, Judge
 from quality_model import Model
 from quality_report import table, write
+
+from polarcache.kernels.calibration import Calibration
 
 _SIDES = ("keys", "values", "both")
 
@@ -36,7 +38,8 @@ def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
     started = time.perf_counter()
-    model = Model(options.model, options.device, options.ntk)
+    model = Model(options.model, options.device, options.ntk, options.block_tokens)
+    calibration = Calibration.load(options.calibration) if options.calibration else None
     tokens = load_tokens(options.tokens)
     judge = Judge(
         model,
@@ -50,8 +53,8 @@ def main() -> None:
         ),
     )
     rows: list[Figures] = []
-    for text in options.profiles or _chosen(options.sides):
-        rows.append(judge.figures(coder(text, model, options.sinks)))
+    for text in options.profiles or _chosen(options.sides, calibration is not None):
+        rows.append(judge.figures(coder(text, model, options.sinks, calibration)))
         print(_progress(rows[-1], started), file=sys.stderr, flush=True)
     about = _about(options, model, time.perf_counter() - started)
     if options.output is not None:
@@ -62,8 +65,12 @@ def main() -> None:
         print(table(rows))
 
 
-def _chosen(sides: list[str]) -> list[str]:
-    return [text for side in sides for text in PUBLISHED_AND_PEERS[side] + OURS[side]]
+def _chosen(sides: list[str], calibrated: bool) -> list[str]:
+    texts = []
+    for side in sides:
+        texts += PUBLISHED_AND_PEERS[side] + OURS[side]
+        texts += CALIBRATED[side] if calibrated else []
+    return texts
 
 
 def _progress(row: Figures, started: float) -> str:
@@ -80,6 +87,7 @@ def _about(options: argparse.Namespace, model: Model, seconds: float) -> dict[st
         "shape": f"{model.num_layers} layers, {model.kv_heads} KV heads, D {model.head_dim}",
         "context": options.context,
         "documents": f"{options.documents} of text, as many with {options.records} records",
+        "block_tokens": options.block_tokens,
         "ntk": options.ntk,
         "exact_first_tokens": options.sinks,
         "date": str(date.today()),
@@ -99,6 +107,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--records", type=int, default=16, help="records of a document; 0: none")
     parser.add_argument("--sinks", type=int, default=0, help="first tokens that stay exact")
     parser.add_argument("--ntk", type=float, default=1.0, help="NTK factor of the RoPE base")
+    parser.add_argument("--block-tokens", type=int, default=128, help="tokens of a block")
+    parser.add_argument("--calibration", type=Path, help="file of `polarcache calibrate`")
     parser.add_argument("--output", type=Path, help="folder for .md, .json and .png")
     parser.add_argument("--name", help="stem of these files")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from quality_baselines import Side, bits, decoded, is_baseline
-from quality_model import BLOCK_TOKENS, Model
+from quality_model import Model
 from torch import Tensor
 
 from polarcache.kernels import BlockShape, Profile
+from polarcache.kernels.calibration import Calibration
 from polarcache.kernels.codec import Codec
 
 PUBLISHED_AND_PEERS = {
@@ -49,9 +50,43 @@ PUBLISHED_AND_PEERS = {
     ],
 }
 OURS = {
-    "keys": ["k=pair:r4t4,v=exact", "k=pair:r2t4,v=exact"],
-    "values": ["k=exact,v=int4", "k=exact,v=int2"],
-    "both": ["k=pair:r4t4,v=int4"],
+    "keys": [
+        "k=pair:r4t4,v=exact",
+        "k=pair:r4t4:arc2,v=exact",
+        "k=pair:tiers8,v=exact",
+        "k=polar,v=exact",
+        "k=recursive:deep,v=exact",
+        "k=pair:r2t4:arc2,v=exact",
+        "k=pair:tiers6,v=exact",
+        "k=polar:r2t4,v=exact",
+    ],
+    "values": [
+        "k=exact,v=int4",
+        "k=exact,v=int2",
+        "k=exact,v=polar",
+        "k=exact,v=polar:r2t4",
+        "k=exact,v=polar:r1t3",
+        "k=exact,v=recursive:deep",
+    ],
+    "both": [
+        "k=pair:r4t4,v=int4",
+        "k=pair:tiers8,v=polar",
+        "k=polar,v=polar",
+        "k=polar,v=polar:r2t4",
+        "k=recursive:deep,v=recursive:deep",
+        "k=pair:tiers6,v=polar:r2t4",
+        "k=polar:r2t4,v=polar:r2t4",
+    ],
+}
+CALIBRATED = {
+    "keys": [
+        "k=pair:tiers8:cal,v=exact",
+        "k=polar:cal,v=exact",
+        "k=pair:tiers6:cal,v=exact",
+        "k=polar:r2t4:cal,v=exact",
+    ],
+    "values": [],
+    "both": ["k=polar:cal,v=polar", "k=polar:r2t4:cal,v=polar:r2t4"],
 }
 
 
@@ -106,13 +141,15 @@ def _round_trip(codec: Codec, side: Side, layer: int, blocks: Tensor) -> Tensor:
     keys, values = (x, other) if side == "k" else (other, x)
     packed = torch.empty((x.shape[0], codec.layout.slice_bytes), dtype=torch.uint8, device=x.device)
     keys_out, values_out = torch.empty_like(keys), torch.empty_like(values)
-    codec.encode(keys, values, packed)
+    codec.encode(keys, values, packed, [layer] * x.shape[0])
     codec.decode(packed, keys_out, values_out)
     return (keys_out if side == "k" else values_out).float()
 
 
-def coder(text: str, model: Model, sinks: int = 0) -> ProfileCoder:
-    """Returns the coder of a profile for a model's shape.
+def coder(
+    text: str, model: Model, sinks: int = 0, calibration: Calibration | None = None
+) -> ProfileCoder:
+    """Returns the coder of a profile for a model's shape; `:cal` names the calibration given.
 
     Raises:
         ValueError: the profile follows neither grammar.
@@ -126,7 +163,7 @@ def coder(text: str, model: Model, sinks: int = 0) -> ProfileCoder:
         elif is_baseline(name):
             found[side] = bits(name, side, model.head_dim)
         else:
-            codecs[side] = _codec(side, name, model)
+            codecs[side] = _codec(side, name, model, calibration)
             layout: Any = codecs[side].layout
             found[side] = layout.key_bits if side == "k" else layout.value_bits
     return ProfileCoder(text, found["k"], found["v"], key, value, codecs, sinks)
@@ -139,10 +176,13 @@ def _sides(text: str) -> tuple[str, str]:
     return key[2:], value
 
 
-def _codec(side: str, name: str, model: Model) -> Codec:
+def _codec(side: str, name: str, model: Model, calibration: Calibration | None) -> Codec:
     """Returns a codec with `name` on one side and exact 16-channel heads on the other."""
+    if name.endswith(":cal"):
+        if calibration is None:
+            raise ValueError(f"{name}: expected --calibration")
+        name += calibration.name
     profile = Profile.parse(f"k={name},v=exact" if side == "k" else f"k=exact,v={name}")
     dims = (model.head_dim, 16) if side == "k" else (16, model.head_dim)
-    tokens = max(BLOCK_TOKENS, getattr(profile.key, "group_tokens", 0))
-    shape = BlockShape(tokens, model.kv_heads, *dims, "half", dims[0])
-    return Codec(profile, shape, torch.float16)
+    shape = BlockShape(model.block_tokens, model.kv_heads, *dims, "half", dims[0])
+    return Codec(profile, shape, torch.float16, calibration if profile.calibration else None)

@@ -54,24 +54,34 @@ def recalls(
     rng = np.random.default_rng(5)
     documents = []
     for window in windows(tokens, length, count):
-        start = length - records * RECORD_TOKENS
-        if start < records * RECORD_TOKENS:
-            raise ValueError(f"{records} records do not fit {length} tokens twice")
-        keys = rng.integers(FIRST_FREE_TOKEN, vocabulary, (records, KEY_TOKENS))
-        values = rng.integers(FIRST_FREE_TOKEN, vocabulary, (records, VALUE_TOKENS))
-        places = rng.choice(start // RECORD_TOKENS, records, replace=False) * RECORD_TOKENS
-        for place, key, value in zip(places, keys, values, strict=True):
-            window[place : place + RECORD_TOKENS] = [RECORD, *key, EQUALS, *value, RECORD]
-        answers = []
-        for asked, index in enumerate(rng.permutation(records)):
-            place = start + asked * RECORD_TOKENS
-            window[place : place + RECORD_TOKENS] = [
-                ASK,
-                *keys[index],
-                EQUALS,
-                *values[index],
-                RECORD,
-            ]
-            answers.append(np.arange(VALUE_TOKENS) + place + 1 + KEY_TOKENS)
-        documents.append(Recall(torch.from_numpy(window), torch.from_numpy(np.stack(answers))))
+        answers = write_records(window, records, vocabulary, rng)
+        documents.append(Recall(torch.from_numpy(window), torch.from_numpy(answers)))
     return documents
+
+
+def write_records(
+    window: npt.NDArray[np.int64], records: int, vocabulary: int, rng: np.random.Generator
+) -> npt.NDArray[np.int64]:
+    """Writes records at random places of a window, asks for all at its end in another order.
+
+    Returns:
+        For each question, positions of the four tokens that predict its value, int64 [records, 4].
+
+    Raises:
+        ValueError: records and questions do not fit.
+    """
+    start = len(window) - records * RECORD_TOKENS
+    if start < records * RECORD_TOKENS:
+        raise ValueError(f"{records} records do not fit {len(window)} tokens twice")
+    keys = rng.integers(FIRST_FREE_TOKEN, vocabulary, (records, KEY_TOKENS))
+    values = rng.integers(FIRST_FREE_TOKEN, vocabulary, (records, VALUE_TOKENS))
+    places = rng.choice(start // RECORD_TOKENS, records, replace=False) * RECORD_TOKENS
+    for place, key, value in zip(places, keys, values, strict=True):
+        window[place : place + RECORD_TOKENS] = [RECORD, *key, EQUALS, *value, RECORD]
+    answers = []
+    for asked, index in enumerate(rng.permutation(records)):
+        place = start + asked * RECORD_TOKENS
+        question = [ASK, *keys[index], EQUALS, *values[index], RECORD]
+        window[place : place + RECORD_TOKENS] = question
+        answers.append(np.arange(VALUE_TOKENS) + place + 1 + KEY_TOKENS)
+    return np.stack(answers)

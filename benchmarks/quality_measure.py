@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from quality_codecs import ProfileCoder
 from quality_data import VALUE_TOKENS, Recall
-from quality_model import BLOCK_TOKENS, Captured, Model, attend, through_blocks
+from quality_model import Captured, Model, attend, through_blocks
 from torch import Tensor
 
 
@@ -55,7 +55,7 @@ class Judge:
         self._model = model
         self._texts = texts
         self._recalls = recalls
-        self._exact_texts = [model.log_probs(text, BLOCK_TOKENS) for text in texts]
+        self._exact_texts = [model.log_probs(text, model.block_tokens) for text in texts]
         self._exact_recalls = [self._at_answers(document) for document in recalls]
         self._captured = model.capture(texts[0])
 
@@ -65,9 +65,9 @@ class Judge:
         recall_kl, right, right_exact = [], [], []
         with self._model.reading(coder):
             for text, exact in zip(self._texts, self._exact_texts, strict=True):
-                coded = self._model.log_probs(text, BLOCK_TOKENS)
+                coded = self._model.log_probs(text, self._model.block_tokens)
                 text_kl.append(_kl(exact, coded).mean())
-                target = text[BLOCK_TOKENS + 1 :, None].to(coded.device)
+                target = text[self._model.block_tokens + 1 :, None].to(coded.device)
                 loss.append((exact[:-1].gather(1, target) - coded[:-1].gather(1, target)).mean())
             for document, exact in zip(self._recalls, self._exact_recalls, strict=True):
                 coded = self._at_answers(document)
@@ -103,27 +103,29 @@ class Judge:
     def _attention_errors(self, coder: ProfileCoder) -> tuple[float, float]:
         squares = outputs = norms = 0.0
         for layer, given in enumerate(self._captured):
-            square, output, norm = _layer_errors(coder, layer, given)
+            square, output, norm = _layer_errors(coder, layer, given, self._model.block_tokens)
             squares, outputs, norms = squares + square, outputs + output, norms + norm
         return (squares / len(self._captured)) ** 0.5, (outputs / norms) ** 0.5
 
 
-def _layer_errors(coder: ProfileCoder, layer: int, given: Captured) -> tuple[float, float, float]:
+def _layer_errors(
+    coder: ProfileCoder, layer: int, given: Captured, block_tokens: int
+) -> tuple[float, float, float]:
     """Mean square logit error, squared output error, squared output norm of one layer."""
     own = given.key, given.value
     read = (
-        through_blocks(coder.keys, layer, given.key),
-        through_blocks(coder.values, layer, given.value),
+        through_blocks(coder.keys, layer, given.key, block_tokens),
+        through_blocks(coder.values, layer, given.value, block_tokens),
     )
-    exact_out, exact = attend(given.query, own, own, given.scaling)
-    coded_out, coded = attend(given.query, own, read, given.scaling)
+    exact_out, exact = attend(given.query, own, own, given.scaling, block_tokens)
+    coded_out, coded = attend(given.query, own, read, given.scaling, block_tokens)
     square = 0.0
-    starts = range(BLOCK_TOKENS, exact.shape[2], BLOCK_TOKENS)
+    starts = range(block_tokens, exact.shape[2], block_tokens)
     for start in starts:
-        rows = slice(start, start + BLOCK_TOKENS)
+        rows = slice(start, start + block_tokens)
         error = (coded - exact)[0, :, rows, :start]
         square += float(error.var(-1, unbiased=False).mean())
-    past = slice(BLOCK_TOKENS, None)
+    past = slice(block_tokens, None)
     difference = coded_out[:, :, past] - exact_out[:, :, past]
     return (
         square / max(1, len(starts)),

@@ -45,11 +45,13 @@ class CodedAttention:
         coder: None reads everything exact.
         captured: filled with one entry a layer while `capture` is on.
         capture: whether to keep what attention is given.
+        block_tokens: tokens of a block.
     """
 
     coder: Coder | None = None
     capture: bool = False
     captured: list[Captured] = field(default_factory=list)
+    block_tokens: int = BLOCK_TOKENS
 
     def __call__(
         self,
@@ -66,14 +68,20 @@ class CodedAttention:
             self.captured.append(Captured(query, key, value, scaling))
         read_key, read_value = key, value
         if self.coder is not None:
-            read_key = through_blocks(self.coder.keys, module.layer_idx, key)
-            read_value = through_blocks(self.coder.values, module.layer_idx, value)
-        out, _ = attend(query, (key, value), (read_key, read_value), scaling)
+            read_key = through_blocks(self.coder.keys, module.layer_idx, key, self.block_tokens)
+            read_value = through_blocks(
+                self.coder.values, module.layer_idx, value, self.block_tokens
+            )
+        out, _ = attend(query, (key, value), (read_key, read_value), scaling, self.block_tokens)
         return out.transpose(1, 2), None
 
 
 def attend(
-    query: Tensor, own: tuple[Tensor, Tensor], read: tuple[Tensor, Tensor], scaling: float
+    query: Tensor,
+    own: tuple[Tensor, Tensor],
+    read: tuple[Tensor, Tensor],
+    scaling: float,
+    block_tokens: int,
 ) -> tuple[Tensor, Tensor]:
     """Causal attention, keys and values of a token's own block from `own`, others from `read`.
 
@@ -82,6 +90,7 @@ def attend(
         own: keys [B, Hkv, T, D] and values [B, Hkv, T, Dv].
         read: likewise.
         scaling: factor of the scores.
+        block_tokens: tokens of a block.
 
     Returns:
         Outputs [B, Hq, T, Dv] and scores before the softmax [B, Hq, T, T].
@@ -92,7 +101,7 @@ def attend(
     )
     tokens = query.shape[2]
     scores = query @ read_k.transpose(2, 3)
-    spans = [slice(at, at + BLOCK_TOKENS) for at in range(0, tokens, BLOCK_TOKENS)]
+    spans = [slice(at, at + block_tokens) for at in range(0, tokens, block_tokens)]
     for span in spans:
         scores[:, :, span, span] = query[:, :, span] @ own_k[:, :, span].transpose(2, 3)
     scores *= scaling
@@ -106,12 +115,12 @@ def attend(
     return out, scores
 
 
-def through_blocks(code: Any, layer: int, x: Tensor) -> Tensor:
+def through_blocks(code: Any, layer: int, x: Tensor, block_tokens: int) -> Tensor:
     """Codes the whole blocks of [B, H, T, D]; the tail below one block stays exact."""
-    whole = x.shape[2] // BLOCK_TOKENS * BLOCK_TOKENS
+    whole = x.shape[2] // block_tokens * block_tokens
     if not whole:
         return x
-    blocks = x[:, :, :whole].transpose(1, 2).unflatten(1, (-1, BLOCK_TOKENS)).flatten(0, 1)
+    blocks = x[:, :, :whole].transpose(1, 2).unflatten(1, (-1, block_tokens)).flatten(0, 1)
     decoded = code(layer, blocks.contiguous()).to(x.dtype)
     decoded = decoded.unflatten(0, (x.shape[0], -1)).flatten(1, 2).transpose(1, 2)
     return torch.cat((decoded, x[:, :, whole:]), 2)
@@ -126,9 +135,16 @@ class Model:
         name: the directory's name.
     """
 
-    def __init__(self, path: Path, device: str = "cpu", ntk: float = 1.0) -> None:
+    def __init__(
+        self,
+        path: Path,
+        device: str = "cpu",
+        ntk: float = 1.0,
+        block_tokens: int = BLOCK_TOKENS,
+    ) -> None:
         self.name = path.name
-        self.attention = CodedAttention()
+        self.block_tokens = block_tokens
+        self.attention = CodedAttention(block_tokens=block_tokens)
         implementation = f"polarcache_coded_{id(self.attention)}"
         AttentionInterface.register(implementation, self.attention.__call__)
         config = AutoConfig.from_pretrained(path)

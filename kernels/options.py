@@ -119,8 +119,7 @@ class ArcPair:
         else:
             Pair(self.radius_bits, self.angle_bits)
         Pair(group_tokens=self.group_tokens)
-        if self.calibration and re.fullmatch(r"[0-9a-f]{8}", self.calibration) is None:
-            raise ProfileError(f"calibration {self.calibration!r}: expected 8 hex digits")
+        _calibration_text(self.calibration)
         if self.calibration and not self.tiers:
             raise ProfileError("pair:arc2: expected no calibration without tiers")
 
@@ -135,8 +134,7 @@ class ArcPair:
         """Returns the canonical text."""
         bits = f"tiers{self.tiers}" if self.tiers else f"r{self.radius_bits}t{self.angle_bits}:arc2"
         group = "" if self.group_tokens == 128 else f":g{self.group_tokens}"
-        calibration = f":cal{self.calibration}" if self.calibration else ""
-        return f"pair:{bits}{group}{calibration}"
+        return f"pair:{bits}{group}{_calibration_text(self.calibration)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +144,7 @@ class Polar:
     Attributes:
         radius_bits: bits of a radius code, 1 to 4.
         angle_bits: bits of an angle code, at least 1; together 3 to 8.
+        calibration: keys only: as in `ArcPair`; its energies balance pairs before the mixing.
 
     Raises:
         ProfileError: a value outside these ranges.
@@ -153,6 +152,7 @@ class Polar:
 
     radius_bits: int = 3
     angle_bits: int = 5
+    calibration: str = ""
 
     def __post_init__(self) -> None:
         """Checks every attribute."""
@@ -162,6 +162,7 @@ class Polar:
                 f"polar:r{self.radius_bits}t{self.angle_bits}: expected r <= "
                 f"{MAX_POLAR_RADIUS_BITS}"
             )
+        _calibration_text(self.calibration)
 
     @property
     def bits(self) -> int:
@@ -170,7 +171,7 @@ class Polar:
 
     def __str__(self) -> str:
         """Returns the canonical text."""
-        return f"polar:r{self.radius_bits}t{self.angle_bits}"
+        return f"polar:r{self.radius_bits}t{self.angle_bits}{_calibration_text(self.calibration)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,3 +262,16 @@ class Recursive:
 
 KeyCodec = Exact | Pair | ArcPair | Polar | Recursive
 ValueCodec = Exact | Integer | Polar | Recursive
+
+
+def _calibration_text(digits: str) -> str:
+    """Returns the option of a profile text that names a calibration, empty for none.
+
+    Raises:
+        ProfileError: it is not named by 8 hex digits.
+    """
+    if not digits:
+        return ""
+    if re.fullmatch(r"[0-9a-f]{8}", digits) is None:
+        raise ProfileError(f"calibration {digits!r}: expected 8 hex digits")
+    return f":cal{digits}"

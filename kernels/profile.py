@@ -1,7 +1,7 @@
 """Codec profiles: the text that says how keys and values are coded.
 
     profile   = "exact" | "k=" key ",v=" value
-    key       = exact | pair | tiers | polar | recursive
+    key       = exact | pair | tiers | polar [cal] | recursive
     value     = exact | "int4" [":g" channels] | "int2" [":g" channels] | polar | recursive
     exact     = "exact"                       ("fp16" and "bf16" are read as "exact")
     pair      = "pair" [":r" bits "t" bits] [":minmax" | ":arc" | ":arc2"] [":g" tokens]
@@ -49,7 +49,7 @@ _RECURSIVE = "recursive[:deep|:log8][:kmeans][:seed<N>]"
 _ALLOWED = {
     "k": (
         "exact, pair[:r<r>t<t>][:minmax|:arc|:arc2][:g32|g64|g128|g256], "
-        "pair:tiers<5-8>[:g32|g64|g128|g256][:cal<hex8>], polar[:r<r>t<t>], "
+        "pair:tiers<5-8>[:g32|g64|g128|g256][:cal<hex8>], polar[:r<r>t<t>][:cal<hex8>], "
         f"{_RECURSIVE}"
     ),
     "v": f"exact, int4[:g<channels>], int2[:g<channels>], polar[:r<r>t<t>], {_RECURSIVE}",
@@ -74,6 +74,11 @@ class Profile:
     key: KeyCodec
     value: ValueCodec
 
+    def __post_init__(self) -> None:
+        """Refuses a calibration of values: only keys meet queries."""
+        if isinstance(self.value, Polar) and self.value.calibration:
+            raise ProfileError(f"v={self.value}: expected a calibration on keys only")
+
     @classmethod
     def parse(cls, text: str) -> Self:
         """Reads a profile such as `k=pair:r4t4,v=int4`; the grammar heads this module.
@@ -94,7 +99,7 @@ class Profile:
     @property
     def calibration(self) -> str:
         """First 8 hex digits of the digest of the calibration that encoding needs, or empty."""
-        return self.key.calibration if isinstance(self.key, ArcPair) else ""
+        return self.key.calibration if isinstance(self.key, (ArcPair, Polar)) else ""
 
     def __str__(self) -> str:
         """Returns the canonical text, which parses back to an equal profile."""
@@ -155,8 +160,12 @@ def _parse_pair(text: str, options: Sequence[str]) -> Pair | ArcPair:
 
 
 def _parse_polar(side: str, text: str, options: Sequence[str]) -> Polar:
-    (bits,) = _match_options(side, text, options, [_BITS])
-    return Polar(int(bits[1]), int(bits[2])) if bits else Polar()
+    # Only keys meet queries, so only they have a calibration.
+    patterns = [_BITS, _CALIBRATION] if side == "k" else [_BITS]
+    bits, *calibration = _match_options(side, text, options, patterns)
+    radius_bits, angle_bits = (int(bits[1]), int(bits[2])) if bits else (3, 5)
+    digits = calibration[0][1] if calibration and calibration[0] else ""
+    return Polar(radius_bits, angle_bits, digits)
 
 
 def _parse_recursive(side: str, text: str, options: Sequence[str]) -> Recursive:

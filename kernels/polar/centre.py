@@ -2,8 +2,8 @@
 
 Post-RoPE keys of a block lie around means that a rotation would spread over all channels as
 error. The stored mean is 8 bits a channel; scores of a block get `q . mean` back as one number a
-query. Balance scales pairs by E|k_j|^2^(-1/4), which is best for queries of energies like the
-keys'; RoPE commutes with it. Math: README.md, section 3.
+query. Balance scales pair j by (E|q_j|^2 / E|k_j|^2)^(1/4), which makes the error of q.k smallest;
+RoPE commutes with it. Math: README.md, section 3.
 """
 
 import torch
@@ -44,12 +44,15 @@ def decode_means(codes: Tensor, scales: Tensor) -> Tensor:
     return (codes.float() - MEAN_ZERO) * scales.float().unsqueeze(-1)
 
 
-def encode_balance(x: Tensor, shape: BlockShape) -> tuple[Tensor, Tensor]:
+def encode_balance(
+    x: Tensor, shape: BlockShape, query: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Scales pairs so that a rotation spreads error evenly over what queries see.
 
     Args:
         x: fp32 [N, T, H, D].
         shape: pairing and rotary_dim.
+        query: energy of queries by pair, fp32 [N, H, P]; None for equal energies.
 
     Returns:
         balanced: fp32 [N, T, H, D], newly allocated.
@@ -62,6 +65,8 @@ def encode_balance(x: Tensor, shape: BlockShape) -> tuple[Tensor, Tensor]:
     largest = energy.amax(-1, keepdim=True)
     relative = energy / torch.where(largest > 0, largest, 1.0)
     logs = -0.25 * relative.clamp_(min=_LEAST_ENERGY).log2()
+    if query is not None:
+        logs += 0.25 * query.clamp(min=_LEAST_ENERGY).log2()
     logs -= logs.mean(-1, keepdim=True)
     codes = (logs * BALANCE_STEPS).round_().nan_to_num_(0).add_(BALANCE_ONE).clamp_(0, 255)
     codes = codes.to(torch.int32).to(torch.uint8)

@@ -78,7 +78,9 @@ def encode(x: Tensor, codec: Recursive) -> Codes:
     if codec.form == "deep":
         # <block, decoded block> = <block, block>: attention scores keep their size on average.
         radii = torch.where(product > 0, radii.square() / product, radii)
-    return Codes(tuple(levels), _log_codes(radii), codebook, radii.flatten(1).amax(1, keepdim=True).half())
+    return Codes(
+        tuple(levels), _log_codes(radii), codebook, radii.flatten(1).amax(1, keepdim=True).half()
+    )
 
 
 def decode(codes: Codes, codec: Recursive, out: Tensor) -> None:

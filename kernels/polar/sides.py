@@ -26,7 +26,7 @@ def encode(
         side: `key` or `value`; only keys are centred.
         shape: shape of the slice.
         x: fp16, bf16 or fp32 [N, T, Hkv, D].
-        query: for `ArcPair`: energy of queries by pair, fp32 [N, Hkv, P]; None for equal ones.
+        query: energy of queries by pair, fp32 [N, Hkv, P]; None for equal energies.
     """
     numbers: dict[str, Tensor] = {}
     if isinstance(codec, ArcPair):
@@ -46,7 +46,7 @@ def encode(
             numbers["codes"], gains = universal.encode(x, codec)
             numbers["gains"] = gains.half()
             return numbers
-        x, numbers["balance"] = centre.encode_balance(x, shape)
+        x, numbers["balance"] = centre.encode_balance(x, shape, query)
         numbers["codes"], gains = universal.encode(x, codec)
         numbers["gains"], largest = centre.encode_gains(gains)
         numbers["scales"] = torch.stack((*scales, largest), -1)
