@@ -1,9 +1,14 @@
 """Codec: whole slices to packed bytes and back, on the CPU or a CUDA device.
 
-The only module that checks tensors and that knows which algorithm a profile names.
+The only module that checks tensors and that knows which algorithm a profile names. The Triton
+kernels code what `polarcache.kernels.gpu.launch.Plan` covers when the packed slices are on a CUDA
+device at multiples of 16 bytes; everything else is plain torch.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +20,9 @@ from polarcache.kernels.errors import CalibrationError, NonFiniteError, ShapeErr
 from polarcache.kernels.layout import BlockShape, Field, PackedLayout
 from polarcache.kernels.polar import pair, sides
 from polarcache.kernels.profile import Exact, Integer, KeyCodec, Pair, Profile, ValueCodec
+
+if TYPE_CHECKING:
+    from polarcache.kernels.gpu.launch import Plan
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Four slices at a time share the per-call overhead and still fit a core's caches (measured on one
@@ -64,18 +72,26 @@ class Codec:
         if calibration is not None:
             calibration.check(profile, shape)
         self._calibration = calibration
+        self._plan: Plan | None = None
 
     def encode(
-        self, keys: Tensor, values: Tensor, out: Tensor, layers: Sequence[int] | None = None
+        self,
+        keys: Tensor,
+        values: Tensor,
+        out: Tensor,
+        layers: Sequence[int] | None = None,
+        slots: Tensor | None = None,
     ) -> None:
         """Packs slices. Exact sides are copied unseen; other sides must be finite.
 
         Args:
             keys: [N, T, Hkv, D] of the codec's dtype, or fp32 where the key codec is not exact;
-                any strides but a contiguous last dim.
+                any strides but a contiguous last dim. With `slots`, [rows, Hkv, D].
             values: [N, T, Hkv, Dv], likewise.
             out: uint8 [N, slice_bytes], last dim contiguous; every byte is written once.
             layers: layer of each of the N slices; read only where the profile names a calibration.
+            slots: int64 [N, T] contiguous: the row of every token, as engines number the slots of
+                their paged caches. Not checked against the number of rows.
 
         Raises:
             ShapeError: a tensor differs from the above, or the devices differ.
@@ -83,47 +99,104 @@ class Codec:
             NonFiniteError: NaN, infinity, or a magnitude beyond fp16 parameters; `out` is then
                 undefined.
         """
-        self._check(keys, values, out)
+        refused = torch.zeros((2, out.shape[0]), dtype=torch.int32, device=out.device)
+        self.encode_unchecked(keys, values, out, refused, layers, slots)
+        check_refused(refused)
+
+    def encode_unchecked(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        out: Tensor,
+        refused: Tensor,
+        layers: Sequence[int] | None = None,
+        slots: Tensor | None = None,
+    ) -> None:
+        """Packs slices as `encode` does, but leaves the check to `check_refused`.
+
+        On a CUDA device, sides that are exact or that the kernels code never wait for the device:
+        the call can be captured in a CUDA graph.
+
+        Args:
+            keys: as for `encode`.
+            values: as for `encode`.
+            out: as for `encode`.
+            refused: int32 [2, N] contiguous; set to 1 where keys (row 0) or values (row 1) of a
+                slice are refused, else left alone.
+            layers: as for `encode`.
+            slots: as for `encode`.
+        """
+        self._check(keys, values, out, slots)
         energies = self._energies(layers, out)
-        peaks: dict[str, list[Tensor]] = {"keys": [], "values": []}
+        plan = self._plan_of(out)
+        if plan is not None:
+            plan.encode(keys, values, slots, out, refused)
         for chunk in self._chunks(out):
-            for side, codec, x in self._sides(keys[chunk], values[chunk]):
+            for side, codec, x in self._sides(keys, values):
+                if plan is not None and side in plan.sides:
+                    continue
                 numbers = _encode_side(
-                    codec, side, self.shape, x, None if energies is None else energies[chunk]
+                    codec,
+                    side,
+                    self.shape,
+                    x[chunk] if slots is None else x[slots[chunk]],
+                    None if energies is None else energies[chunk],
                 )
                 for name, tensor in numbers.items():
                     if name != sides.PEAKS:
                         pack_field(self._field(side, name), tensor, out[chunk])
                 peak = _peak(numbers)
                 if peak is not None:
-                    peaks[f"{side}s"].append(peak)
-            for pad in self.layout.pads():
-                out[chunk, pad].zero_()
-        for name, of_chunks in peaks.items():
-            if of_chunks:
-                _check_finite(name, torch.cat(of_chunks))
+                    refused[int(side == "value"), chunk] |= ~torch.isfinite(peak)
+        for pad in self.layout.pads():
+            out[:, pad].zero_()
 
-    def decode(self, packed: Tensor, keys_out: Tensor, values_out: Tensor) -> None:
+    def decode(
+        self, packed: Tensor, keys_out: Tensor, values_out: Tensor, slots: Tensor | None = None
+    ) -> None:
         """Unpacks slices into given tensors.
 
         Args:
             packed: uint8 [N, slice_bytes], last dim contiguous.
             keys_out: [N, T, Hkv, D] of the codec's dtype, or fp32 where the key codec is not
-                exact; any strides but a contiguous last dim; every element is written once.
+                exact; any strides but a contiguous last dim; every element is written once. With
+                `slots`, [rows, Hkv, D], of which the named rows are written.
             values_out: [N, T, Hkv, Dv], likewise.
+            slots: int64 [N, T] contiguous, as for `encode`; no row twice.
 
         Raises:
             ShapeError: a tensor differs from the above, or the devices differ.
         """
-        self._check(keys_out, values_out, packed)
+        self._check(keys_out, values_out, packed, slots)
+        plan = self._plan_of(packed)
+        if plan is not None:
+            plan.decode(packed, slots, keys_out, values_out)
         for chunk in self._chunks(packed):
-            for side, codec, out in self._sides(keys_out[chunk], values_out[chunk]):
+            for side, codec, out in self._sides(keys_out, values_out):
+                if plan is not None and side in plan.sides:
+                    continue
                 numbers = {
                     field.name.removeprefix(f"{side}_"): unpack_field(field, packed[chunk])
                     for field in self.layout.fields
                     if field.name.startswith(f"{side}_")
                 }
-                _decode_side(codec, side, self.shape, numbers, out)
+                if slots is None:
+                    _decode_side(codec, side, self.shape, numbers, out[chunk])
+                else:
+                    rows = out.new_empty((*slots[chunk].shape, *out.shape[1:]))
+                    _decode_side(codec, side, self.shape, numbers, rows)
+                    out[slots[chunk]] = rows
+
+    def _plan_of(self, packed: Tensor) -> Plan | None:
+        """Returns the kernels' plan, None where plain torch codes both sides."""
+        if not packed.is_cuda or packed.data_ptr() % 16 or packed.stride(0) % 16:
+            return None
+        if self._plan is None:
+            # Imported here, so that the CPU path needs no Triton.
+            from polarcache.kernels.gpu.launch import Plan
+
+            self._plan = Plan.of(self.profile, self.shape, self.layout)
+        return self._plan
 
     def _sides(
         self, keys: Tensor, values: Tensor
@@ -153,8 +226,8 @@ class Codec:
         for start in range(0, packed.shape[0], step):
             yield slice(start, start + step)
 
-    def _check(self, keys: Tensor, values: Tensor, packed: Tensor) -> None:
-        """Raises ShapeError unless all three tensors fit this codec and each other."""
+    def _check(self, keys: Tensor, values: Tensor, packed: Tensor, slots: Tensor | None) -> None:
+        """Raises ShapeError unless all tensors fit this codec and each other."""
         shape = self.shape
         if packed.dim() != 2 or packed.dtype != torch.uint8 or packed.stride(1) != 1:
             raise ShapeError(
@@ -165,11 +238,22 @@ class Codec:
             raise ShapeError(
                 f"packed slices of {packed.shape[1]} bytes: expected {self.layout.slice_bytes}"
             )
+        if slots is not None and (
+            slots.dtype != torch.int64
+            or tuple(slots.shape) != (packed.shape[0], shape.tokens)
+            or not slots.is_contiguous()
+            or slots.device != packed.device
+        ):
+            raise ShapeError(
+                f"slots {slots.dtype} {tuple(slots.shape)}: expected contiguous int64 "
+                f"[{packed.shape[0]}, {shape.tokens}] on {packed.device}"
+            )
         for name, codec, tensor, head_dim in (
             ("keys", self.profile.key, keys, shape.head_dim),
             ("values", self.profile.value, values, shape.v_head_dim),
         ):
-            expected = (packed.shape[0], shape.tokens, shape.kv_heads, head_dim)
+            rows = (packed.shape[0], shape.tokens) if slots is None else (tensor.shape[0],)
+            expected = (*rows, shape.kv_heads, head_dim)
             if tuple(tensor.shape) != expected:
                 raise ShapeError(f"{name} {tuple(tensor.shape)}: expected {expected}")
             if tensor.stride(-1) != 1:
@@ -225,11 +309,16 @@ def _peak(numbers: _Numbers) -> Tensor | None:
     return torch.stack(peaks).amax(0)
 
 
-def _check_finite(name: str, peaks: Tensor) -> None:
-    """Raises NonFiniteError for the first slice whose parameters are not finite."""
-    bad = torch.nonzero(~torch.isfinite(peaks))
-    if bad.numel():
+def check_refused(refused: Tensor) -> None:
+    """Raises NonFiniteError for the first refused slice; waits for the device once.
+
+    Args:
+        refused: int32 [2, N] as `Codec.encode_unchecked` leaves it.
+    """
+    found = torch.nonzero(refused)
+    if len(found):
+        side, index = found[0].tolist()
         raise NonFiniteError(
-            f"{name} of slice {int(bad[0])}: expected finite numbers whose pair radius, value "
-            "range or block norm fits fp16 (65504)"
+            f"{('keys', 'values')[side]} of slice {index}: expected finite numbers whose pair "
+            "radius, value range or block norm fits fp16 (65504)"
         )
