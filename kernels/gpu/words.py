@@ -65,18 +65,25 @@ def token_rows(slots_ptr, slice_index, tokens, stride_n, stride_t, T: tl.constex
 
 
 @triton.jit
+def _share(codes, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """Returns the part of BITS-bit codes, one a byte, that lies in bytes SHIFT bits below."""
+    if SHIFT >= 8 or SHIFT <= -BITS:
+        share = tl.zeros(codes.shape, tl.int32)
+    elif SHIFT >= 0:
+        KEPT: tl.constexpr = ((1 << BITS) - 1) & (0xFF >> SHIFT)
+        share = (codes & (KEPT * 0x01010101)) << SHIFT
+    else:
+        KEPT: tl.constexpr = (1 << (BITS + SHIFT)) - 1
+        share = (codes >> -SHIFT) & (KEPT * 0x01010101)
+    return share
+
+
+@triton.jit
 def _stream_word(steps, WORD: tl.constexpr, BITS: tl.constexpr):
     """Returns word WORD of four streams of eight BITS-bit codes, given one code a byte."""
-    word = tl.zeros(steps[0].shape, tl.int32)
-    for step in tl.static_range(8):
-        SHIFT: tl.constexpr = step * BITS - WORD * 8
-        if SHIFT > -BITS and SHIFT < 8:
-            if SHIFT >= 0:
-                KEPT: tl.constexpr = ((1 << BITS) - 1) & (0xFF >> SHIFT)
-                word |= (steps[step] & (KEPT * 0x01010101)) << SHIFT
-            else:
-                KEPT_HIGH: tl.constexpr = (1 << (BITS + SHIFT)) - 1
-                word |= (steps[step] >> -SHIFT) & (KEPT_HIGH * 0x01010101)
+    word = _share(steps[0], -WORD * 8, BITS)
+    for step in tl.static_range(1, 8):
+        word |= _share(steps[step], step * BITS - WORD * 8, BITS)
     return word
 
 
