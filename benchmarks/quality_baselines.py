@@ -15,7 +15,6 @@ import re
 from functools import lru_cache
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,12 +90,11 @@ def _rotation(head_dim: int) -> Tensor:
 @lru_cache(maxsize=8)
 def gaussian_points(width: int) -> tuple[float, ...]:
     """Lloyd-Max centroids of the standard normal density."""
-    grid = np.linspace(-8, 8, 1 << 16)
-    density = np.exp(-(grid**2) / 2)
-    mass, moment = np.cumsum(density), np.cumsum(density * grid)
-    points = np.linspace(-2, 2, 1 << width)
+    points = torch.linspace(-2, 2, 1 << width, dtype=torch.float64)
     for _ in range(_LLOYD_ROUNDS):
-        cuts = np.searchsorted(grid, (points[1:] + points[:-1]) / 2)
-        cuts = np.concatenate(([0], cuts, [len(grid) - 1]))
-        points = np.diff(moment[cuts]) / np.diff(mass[cuts])
-    return tuple(float(point) for point in points)
+        middle = (points[1:] + points[:-1]) / 2
+        bounds = torch.cat((middle.new_tensor([-40.0]), middle, middle.new_tensor([40.0])))
+        mass = torch.special.ndtr(bounds)
+        density = torch.exp(-bounds.square() / 2) / math.sqrt(2 * math.pi)
+        points = -density.diff() / mass.diff()
+    return tuple(points.tolist())

@@ -303,7 +303,7 @@ def _polar_specs(codec: Polar, shape: BlockShape, head_dim: int, side: str) -> l
 
 
 def _centre_specs(heads: int, head_dim: int, scales: int) -> list[_Spec]:
-    """Means of channels, and what scales them: the mean's step and, of 2, the largest gain."""
+    """Means of channels, and what scales them: the largest mean and, of 2, the largest gain."""
     means, steps = (heads, head_dim), (heads, scales)
     return [
         ("means", "code", means, 8, Order(means, (0, 1))),

@@ -28,20 +28,20 @@ def encode_means(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         centred: fp32 [N, T, H, D], newly allocated.
-        codes: uint8 [N, H, D]: the mean is (code - 128) * scale.
-        scales: fp16 [N, H]; not finite where an element is NaN or infinite.
+        codes: uint8 [N, H, D]: the mean is (code - 128) / 127 * scale.
+        scales: fp16 [N, H], the largest mean; not finite where an element is NaN or infinite.
     """
     means = x.float().mean(1)
-    scales = (means.abs().amax(-1) / MEAN_STEPS).half()
+    scales = means.abs().amax(-1).half()
     divisor = torch.where(scales > 0, scales.float(), torch.inf).unsqueeze(-1)
-    codes = (means / divisor).round_().clamp_(-MEAN_STEPS, MEAN_STEPS).nan_to_num_(0)
+    codes = (means * (MEAN_STEPS / divisor)).round_().clamp_(-MEAN_STEPS, MEAN_STEPS).nan_to_num_(0)
     codes = codes.add_(MEAN_ZERO).to(torch.int32).to(torch.uint8)
     return x.float() - decode_means(codes, scales).unsqueeze(1), codes, scales
 
 
 def decode_means(codes: Tensor, scales: Tensor) -> Tensor:
     """Returns means fp32 [N, H, D] of codes uint8 [N, H, D] and scales fp16 [N, H]."""
-    return (codes.float() - MEAN_ZERO) * scales.float().unsqueeze(-1)
+    return (codes.float() - MEAN_ZERO) * (scales.float() / MEAN_STEPS).unsqueeze(-1)
 
 
 def encode_balance(

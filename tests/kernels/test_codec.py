@@ -20,6 +20,10 @@ PROFILES = [
     "k=recursive:seed2,v=recursive:kmeans",
     "k=recursive:kmeans,v=exact",
     "k=exact,v=int4:g16",
+    "k=pair:tiers8,v=polar",
+    "k=pair:r3t3:arc2:g64,v=polar:r2t4",
+    "k=polar,v=recursive:deep",
+    "k=recursive:deep,v=recursive:log8",
 ]
 SHAPES = [
     pytest.param(BlockShape(128, 2, 64, 64, "half", 64), id="T128-H2-D64"),
@@ -30,6 +34,7 @@ SHAPES = [
 ALL_DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 # Relative L2 on Gaussian data, with room for the small samples; exact sides have none.
 LARGEST_ERROR = {"pair:r4t4": 0.12, "pair:r3t3": 0.25, "int4": 0.13, "int2": 0.42, "recurs": 0.19}
+LARGEST_ERROR |= {"pair:tiers8": 0.13, "polar:r3": 0.11, "polar:r2": 0.2}
 
 
 def tensors(shape: BlockShape, dtype: torch.dtype, slices: int = 3) -> tuple[Tensor, Tensor]:
@@ -179,7 +184,9 @@ def test_constant_blocks_decode_to_finite_numbers(text: str, number: float) -> N
     keys = torch.full((1, 128, 2, 64), number, dtype=torch.float16)
     for out in decoded_of(codec, packed_of(codec, keys, keys), keys, keys):
         assert bool(out.isfinite().all())
-        assert float((out.float() - keys.float()).norm() / keys.float().norm().clamp(1e-9)) < 0.4
+        error = (out.float() - keys.float()).norm() / keys.float().norm().clamp(1e-9)
+        # Logarithmic radii below 2**-16 are zero.
+        assert float(error) < 0.4 or (number < 2.0**-16 and not out.any())
         assert number != 0 or not out.any()
 
 

@@ -17,6 +17,11 @@ PROFILES = [
     "k=pair:r2t5:minmax:g64,v=exact",
     "k=recursive,v=recursive:kmeans",
     "k=exact,v=int4:g16",
+    "k=pair:tiers7:g32,v=polar",
+    "k=pair:r2t4:arc2:g32,v=exact",
+    "k=polar:r2t4,v=polar:r1t3",
+    "k=recursive:deep,v=recursive:deep",
+    "k=recursive:log8,v=recursive:log8:kmeans",
 ]
 shapes = st.builds(
     lambda tokens, heads, dim, v_dim, pairing, rotary: BlockShape(
@@ -82,6 +87,14 @@ def test_pair_channels_cover_the_head_exactly_once(shape: BlockShape) -> None:
         ("k=recursive,v=recursive", 128, 3.875, 3.875),
         ("k=recursive:kmeans,v=int4", 64, 3.875 + 28 * 16 / (128 * 8 * 64), 4.5),
         ("k=exact,v=int4", 80, 16.0, 4.4),
+        ("k=pair:r4t4:arc2,v=polar", 128, 4.1875, 4.125),
+        ("k=pair:tiers8,v=polar:r2t4", 128, 4.21875, 3.125),
+        ("k=pair:tiers6,v=polar:r1t3", 64, 3.21875, 2.25),
+        ("k=polar,v=polar", 128, 4 + 20 / 128 + 32 / 128**2, 4.125),
+        ("k=polar:r2t4,v=polar", 64, 3 + 8 / 64 + 12 / 128 + 32 / (64 * 128), 4.25),
+        ("k=recursive:deep,v=recursive:deep", 128, 245 / 64 + 8 / 128 + 16 / 128**2, 245 / 64),
+        ("k=recursive:deep,v=recursive:deep", 96, 125 / 32 + 8 / 128 + 16 / (96 * 128), 125 / 32),
+        ("k=recursive:log8,v=recursive:log8", 80, 3.375, 3.375),
     ],
 )
 def test_layout_bits_are_exact(text: str, dim: int, key_bits: float, value_bits: float) -> None:
