@@ -1,7 +1,7 @@
 """Integer codec of values: device functions that encode and decode one head of some units.
 
 Source: arXiv 2402.02750, section 3. Math: kernels/values.py, the reference. Order of the codes:
-kernels/polar/README.md, section 3.
+kernels/polar/README.md, section 4.
 
 Tensors are [rows, columns, 2, 2]: row 4 tile + c, column 8 k + g, then token + 8 and token + 1; one
 of them holds channels 16 k + g, one channels 16 k + g + 8. So the eight codes of a lane's 16

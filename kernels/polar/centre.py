@@ -18,6 +18,9 @@ BALANCE_ONE = 128
 GAIN_STEPS = 32
 GAIN_ZERO = 255
 _LEAST_ENERGY = 2.0**-20
+# Where queries are unknown: E|q_j|^2 grows like this power of E|k_j|^2. The slope measured on four
+# small models of three architectures was 0.4 to 0.9 in most heads.
+_QUERY_POWER = 0.5
 
 
 def encode_means(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,7 +55,7 @@ def encode_balance(
     Args:
         x: fp32 [N, T, H, D].
         shape: pairing and rotary_dim.
-        query: energy of queries by pair, fp32 [N, H, P]; None for equal energies.
+        query: energy of queries by pair, fp32 [N, H, P]; None guesses them from the keys'.
 
     Returns:
         balanced: fp32 [N, T, H, D], newly allocated.
@@ -64,9 +67,11 @@ def encode_balance(
         energy[..., pairs] = square[..., first] + square[..., second]
     largest = energy.amax(-1, keepdim=True)
     relative = energy / torch.where(largest > 0, largest, 1.0)
-    logs = -0.25 * relative.clamp_(min=_LEAST_ENERGY).log2()
-    if query is not None:
-        logs += 0.25 * query.clamp(min=_LEAST_ENERGY).log2()
+    logs = relative.clamp_(min=_LEAST_ENERGY).log2()
+    if query is None:
+        logs *= -0.25 * (1 - _QUERY_POWER)
+    else:
+        logs = 0.25 * (query.clamp(min=_LEAST_ENERGY).log2() - logs)
     logs -= logs.mean(-1, keepdim=True)
     codes = (logs * BALANCE_STEPS).round_().nan_to_num_(0).add_(BALANCE_ONE).clamp_(0, 255)
     codes = codes.to(torch.int32).to(torch.uint8)

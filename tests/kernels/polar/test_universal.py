@@ -131,13 +131,17 @@ def test_balance_evens_out_pairs_and_turns_with_rope() -> None:
     shape = BlockShape(64, 1, 32, 32, "half", 32)
     spread = torch.logspace(-1, 1, 16).repeat(2)
     x = gaussian(1, 64, 1, 32) * spread
-    balanced, codes = centre.encode_balance(x, shape)
-    energy = balanced.square().mean((0, 1, 2))
-    # Energies, 10,000 apart, become their square roots.
-    assert float(energy.max() / energy.min()) < 200
-    scale = centre.decode_balance(codes, shape)
-    assert torch.equal(scale[..., :16], scale[..., 16:])
-    torch.testing.assert_close(balanced / scale.unsqueeze(1), x)
+    energies = []
+    for query in (None, torch.ones((1, 1, 16))):
+        balanced, codes = centre.encode_balance(x, shape, query)
+        energy = balanced.square().mean((0, 1, 2))
+        energies.append(float(energy.max() / energy.min()))
+        scale = centre.decode_balance(codes, shape)
+        assert torch.equal(scale[..., :16], scale[..., 16:])
+        torch.testing.assert_close(balanced / scale.unsqueeze(1), x)
+    # Energies, 10,000 apart, to the power of 3/4 by default, of 1/2 for equal queries.
+    assert 700 < energies[0] < 1700
+    assert 70 < energies[1] < 170
 
 
 @given(st.lists(st.floats(0, 1000), min_size=1, max_size=20))
