@@ -4,15 +4,27 @@ import triton
 import triton.language as tl
 
 from polarcache.kernels.gpu.integer import decode_integers, encode_integers
-from polarcache.kernels.gpu.pair import decode_pairs, encode_pairs
+from polarcache.kernels.gpu.pair_decode import decode_pairs
+from polarcache.kernels.gpu.pair_encode import encode_pairs
 
 
 @triton.jit
-def _place(index, H: tl.constexpr, T: tl.constexpr, TOKENS: tl.constexpr):
-    """Splits a program's index into slice and head, int64, and first token."""
-    parts: tl.constexpr = T // TOKENS
-    head = (index // parts % H).to(tl.int64)
-    return (index // (parts * H)).to(tl.int64), head, index % parts * TOKENS
+def _share(num_slices, KEY_PARTS: tl.constexpr, VALUE_PARTS: tl.constexpr):
+    """Returns whether this program codes keys, its slice (int64) and its part of the slice."""
+    index = tl.program_id(0)
+    if KEY_PARTS == VALUE_PARTS:
+        # Taking turns, the arithmetic of keys hides the loads of values.
+        is_key = index % 2 == 0
+        index = index // 2
+        part = index % KEY_PARTS
+        slice_index = index // KEY_PARTS
+    else:
+        is_key = index < num_slices * KEY_PARTS
+        index = tl.where(is_key, index, index - num_slices * KEY_PARTS)
+        parts = tl.where(is_key, KEY_PARTS, VALUE_PARTS)
+        part = index % parts
+        slice_index = index // parts
+    return is_key, slice_index.to(tl.int64), part
 
 
 @triton.jit
@@ -33,31 +45,31 @@ def encode_kernel(
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
     T: tl.constexpr,
-    H: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    TOKENS: tl.constexpr,
+    KEY_PARTS: tl.constexpr,
+    VALUE_PARTS: tl.constexpr,
 ):
-    """Encodes TOKENS tokens of one head and side.
+    """Encodes a part of one head and side.
 
-    Grid: (sides * slices * heads * T / TOKENS); programs of keys and values take turns, so that
-    the arithmetic of the ones hides the loads of the others.
+    Grid: (slices * (KEY_PARTS + VALUE_PARTS)).
     Reads: k, v fp16, bf16 or fp32 [N, T, Hkv, D], last dim contiguous; or, where slots_ptr int64
     [N, T] names the rows, [rows, Hkv, D].
     Writes: out uint8 [N, slice_bytes], every byte of the coded sides; flags int32 [2, N], 1 where
     keys or values of a slice are refused, else left alone.
     Math, precision: encode_pairs, encode_integers. Reference: polarcache.kernels.codec.
     """
-    index = tl.program_id(0)
-    is_key = KEY is not None
-    if KEY is not None and VALUE is not None:
-        is_key = index % 2 == 0
-        index = index // 2
-    slice_index, head, first_token = _place(index, H, T, TOKENS)
+    is_key, slice_index, part = _share(num_slices, KEY_PARTS, VALUE_PARTS)
     slice_ptr = out_ptr + slice_index * stride_out_n
     if KEY is not None and is_key:
+        TOKENS: tl.constexpr = KEY[7]
+        STEPS: tl.constexpr = KEY[8]
+        SPLITS: tl.constexpr = D // 16 // STEPS
+        first_step = part % SPLITS * STEPS
+        first_token = part // SPLITS % (T // TOKENS) * TOKENS
+        head = (part // (SPLITS * (T // TOKENS))).to(tl.int64)
         R_BITS: tl.constexpr = KEY[0]
         T_BITS: tl.constexpr = KEY[1]
         GROUP: tl.constexpr = KEY[3]
@@ -75,6 +87,7 @@ def encode_kernel(
             stride_k_n,
             stride_k_t,
             first_token,
+            first_step,
             T,
             D,
             ROTARY,
@@ -85,8 +98,12 @@ def encode_kernel(
             GROUP,
             KEY[4],
             TOKENS,
+            STEPS,
         )
     if VALUE is not None and not is_key:
+        VALUE_TOKENS: tl.constexpr = VALUE[5]
+        first_token = part % (T // VALUE_TOKENS) * VALUE_TOKENS
+        head = (part // (T // VALUE_TOKENS)).to(tl.int64)
         BITS: tl.constexpr = VALUE[0]
         CHANNELS: tl.constexpr = VALUE[1]
         codes_ptr = slice_ptr + VALUE[3] + (head * T + first_token) * (DV * BITS // 8)
@@ -106,7 +123,7 @@ def encode_kernel(
             BITS,
             CHANNELS,
             VALUE[2],
-            TOKENS,
+            VALUE_TOKENS,
         )
 
 
@@ -116,6 +133,7 @@ def decode_kernel(
     k_ptr,
     v_ptr,
     slots_ptr,
+    num_slices,
     stride_packed_n,
     stride_k_n,
     stride_k_t,
@@ -126,28 +144,29 @@ def decode_kernel(
     KEY: tl.constexpr,
     VALUE: tl.constexpr,
     T: tl.constexpr,
-    H: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
     ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    TOKENS: tl.constexpr,
+    KEY_PARTS: tl.constexpr,
+    VALUE_PARTS: tl.constexpr,
 ):
-    """Decodes TOKENS tokens of one head and side.
+    """Decodes a part of one head and side.
 
     Grid: as encode_kernel.
     Reads: packed uint8 [N, slice_bytes].
     Writes: k, v as encode_kernel reads them, every element once.
     Math, precision: decode_pairs, decode_integers. Reference: polarcache.kernels.codec.
     """
-    index = tl.program_id(0)
-    is_key = KEY is not None
-    if KEY is not None and VALUE is not None:
-        is_key = index % 2 == 0
-        index = index // 2
-    slice_index, head, first_token = _place(index, H, T, TOKENS)
+    is_key, slice_index, part = _share(num_slices, KEY_PARTS, VALUE_PARTS)
     slice_ptr = packed_ptr + slice_index * stride_packed_n
     if KEY is not None and is_key:
+        TOKENS: tl.constexpr = KEY[7]
+        STEPS: tl.constexpr = KEY[8]
+        SPLITS: tl.constexpr = D // 16 // STEPS
+        first_step = part % SPLITS * STEPS
+        first_token = part // SPLITS % (T // TOKENS) * TOKENS
+        head = (part // (SPLITS * (T // TOKENS))).to(tl.int64)
         R_BITS: tl.constexpr = KEY[0]
         T_BITS: tl.constexpr = KEY[1]
         GROUP: tl.constexpr = KEY[3]
@@ -164,6 +183,7 @@ def decode_kernel(
             stride_k_n,
             stride_k_t,
             first_token,
+            first_step,
             T,
             D,
             ROTARY,
@@ -173,8 +193,12 @@ def decode_kernel(
             GROUP,
             KEY[4],
             TOKENS,
+            STEPS,
         )
     if VALUE is not None and not is_key:
+        VALUE_TOKENS: tl.constexpr = VALUE[5]
+        first_token = part % (T // VALUE_TOKENS) * VALUE_TOKENS
+        head = (part // (T // VALUE_TOKENS)).to(tl.int64)
         BITS: tl.constexpr = VALUE[0]
         CHANNELS: tl.constexpr = VALUE[1]
         codes_ptr = slice_ptr + VALUE[3] + (head * T + first_token) * (DV * BITS // 8)
@@ -193,5 +217,5 @@ def decode_kernel(
             BITS,
             CHANNELS,
             VALUE[2],
-            TOKENS,
+            VALUE_TOKENS,
         )

@@ -7,6 +7,11 @@ import triton.language as tl
 ROUNDER = tl.constexpr(12582912.0)
 ROUNDER_BITS = tl.constexpr(0x4B400000)
 
+# Hints `tl.multiple_of(tl.max_contiguous(offsets, [1, 2]), [1, 1])` give a warp the columns of a
+# row, one a thread: Triton orders threads along the longer run and widens accesses by alignment.
+# Wider ones would put the columns of a vector, and so what is computed for each of them, into
+# every thread. They count only beside the addition that they speak of.
+
 
 @triton.jit
 def word_offset(word, lane, NUM_WORDS: tl.constexpr):
@@ -79,33 +84,26 @@ def _share(codes, SHIFT: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _stream_word(steps, WORD: tl.constexpr, BITS: tl.constexpr):
-    """Returns word WORD of four streams of eight BITS-bit codes, given one code a byte."""
-    word = _share(steps[0], -WORD * 8, BITS)
-    for step in tl.static_range(1, 8):
-        word |= _share(steps[step], step * BITS - WORD * 8, BITS)
-    return word
+def store_words(codes_ptr, words, step, first_step, D: tl.constexpr, BITS: tl.constexpr,
+                TILES: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+    """Stores words of one head, [rows 8 tile + g, columns 4 k + c], one code of a pair a byte.
 
-
-@triton.jit
-def store_words(codes_ptr, words, step, columns_ok, D: tl.constexpr, BITS: tl.constexpr,
-                TILES: tl.constexpr):  # fmt: skip
-    """Stores words of one head, [rows 8 tile + g, columns 4 step + c], one code of a pair a byte.
-
-    Writes the streams of whole units of TILES tiles: kernels/polar/README.md, section 3.
+    Writes the streams of whole units of TILES tiles: kernels/polar/README.md, section 4. Column k
+    is step `step[4 k]`. Of fewer than 8 bits, 8 steps fill whole words, and 4 of an even number.
     """
     R: tl.constexpr = words.shape[0]
     C: tl.constexpr = words.shape[1]
-    STEPS: tl.constexpr = D // 16
-    NUM_WORDS: tl.constexpr = TILES * STEPS * BITS // 8
+    ALL: tl.constexpr = D // 16
+    NUM_WORDS: tl.constexpr = TILES * ALL * BITS // 8
     if BITS == 8:
         row = tl.arange(0, R)[:, None]
-        word = row // 8 % TILES * STEPS + step[None, :]
+        word = row // 8 % TILES * ALL + step[None, :]
         lane = row % 8 * 4 + tl.arange(0, C)[None, :] % 4
         at = row // (8 * TILES) * (32 * NUM_WORDS) + word_offset(word, lane, NUM_WORDS) // 4
-        ok = None if columns_ok is None else columns_ok[None, :]
-        tl.store(codes_ptr + at, turned(words, 2), mask=ok)
+        at = tl.multiple_of(tl.max_contiguous(at, [1, 2]), [1, 1])
+        tl.store(codes_ptr + at, turned(words, 2))
     else:
+        PACK: tl.constexpr = 8 if BITS % 2 else 4
         WIDE: tl.constexpr = TILES * C // 4  # steps of a unit, padding included
         LANES: tl.constexpr = R * 4 // TILES
         lanes = tl.reshape(words, [R // (8 * TILES), TILES, 8, C // 4, 4])
@@ -114,44 +112,69 @@ def store_words(codes_ptr, words, step, columns_ok, D: tl.constexpr, BITS: tl.co
             index = tl.arange(0, WIDE)
             index = tl.minimum(index // STEPS * (C // 4) + index % STEPS, WIDE - 1)
             lanes = tl.gather(lanes, tl.broadcast_to(index[None, :], [LANES, WIDE]), 1)
-        even, odd = tl.split(tl.reshape(lanes, [LANES, WIDE // 8, 4, 2]))
-        step_04, step_26 = tl.split(tl.reshape(even, [LANES, WIDE // 8, 2, 2]))
-        step_15, step_37 = tl.split(tl.reshape(odd, [LANES, WIDE // 8, 2, 2]))
-        step_0, step_4 = tl.split(step_04)
-        step_2, step_6 = tl.split(step_26)
-        step_1, step_5 = tl.split(step_15)
-        step_3, step_7 = tl.split(step_37)
-        steps = (step_0, step_1, step_2, step_3, step_4, step_5, step_6, step_7)
         lane = tl.arange(0, LANES)[:, None]
-        octet = tl.arange(0, WIDE // 8)[None, :]
+        place = tl.arange(0, WIDE // PACK)[None, :]
+        known = tl.broadcast_to(place < TILES * STEPS // PACK, [LANES, WIDE // PACK])
+        place = (place + first_step // PACK) * (PACK * BITS // 8)
         unit = codes_ptr + lane // 32 * (32 * NUM_WORDS)
-        for index in tl.static_range(BITS):
-            at = unit + word_offset(octet * BITS + index, lane % 32, NUM_WORDS) // 4
-            word = turned(_stream_word(steps, index, BITS), 2)
-            tl.store(at, word, mask=octet < TILES * STEPS // 8)
+        steps = _eight(lanes) if PACK == 8 else _four(lanes)
+        for index in tl.static_range(PACK * BITS // 8):
+            at = unit + word_offset(place + index, lane % 32, NUM_WORDS) // 4
+            word = _share(steps[0], -index * 8, BITS)
+            for other in tl.static_range(1, PACK):
+                word |= _share(steps[other], other * BITS - index * 8, BITS)
+            tl.store(at, turned(word, 2), mask=known)
 
 
 @triton.jit
-def load_words(codes_ptr, R: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
+def _four(lanes):
+    """Splits [LANES, WIDE] into its columns by their number modulo 4: [LANES, WIDE / 4] each."""
+    LANES: tl.constexpr = lanes.shape[0]
+    WIDE: tl.constexpr = lanes.shape[1]
+    even, odd = tl.split(tl.reshape(lanes, [LANES, WIDE // 4, 2, 2]))
+    column_0, column_2 = tl.split(even)
+    column_1, column_3 = tl.split(odd)
+    return column_0, column_1, column_2, column_3
+
+
+@triton.jit
+def _eight(lanes):
+    """The same modulo 8."""
+    LANES: tl.constexpr = lanes.shape[0]
+    WIDE: tl.constexpr = lanes.shape[1]
+    even, odd = tl.split(tl.reshape(lanes, [LANES, WIDE // 8, 4, 2]))
+    column_0, column_2, column_4, column_6 = _four(tl.reshape(even, [LANES, WIDE // 2]))
+    column_1, column_3, column_5, column_7 = _four(tl.reshape(odd, [LANES, WIDE // 2]))
+    return (
+        column_0, column_1, column_2, column_3, column_4, column_5, column_6, column_7
+    )  # fmt: skip
+
+
+@triton.jit
+def load_words(codes_ptr, step, R: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr,
                TILES: tl.constexpr):  # fmt: skip
-    """Loads what store_words stored: int32 [R, C], one code a byte, 0 in columns past the head."""
-    STEPS: tl.constexpr = D // 16
-    NUM_WORDS: tl.constexpr = TILES * STEPS * BITS // 8
+    """Loads what store_words stored: int32 [R, C], one code a byte."""
+    C: tl.constexpr = step.shape[0]
+    ALL: tl.constexpr = D // 16
+    NUM_WORDS: tl.constexpr = TILES * ALL * BITS // 8
     row = tl.arange(0, R)[:, None]
-    column = tl.arange(0, C)[None, :]
-    lane = row % 8 * 4 + column % 4
-    unit = codes_ptr + row // (8 * TILES) * (32 * NUM_WORDS)
-    ok = tl.broadcast_to(column < 4 * STEPS, [R, C])
-    place = (row // 8 % TILES * STEPS + column // 4) * BITS  # first bit in the stream
+    lane = row % 8 * 4 + tl.arange(0, C)[None, :] % 4
+    unit_at = row // (8 * TILES) * (32 * NUM_WORDS)
+    place = (row // 8 % TILES * ALL + step[None, :]) * BITS  # first bit in the stream
     word, shift = place // 8, place % 8
-    low = tl.load(unit + word_offset(word, lane, NUM_WORDS) // 4, mask=ok, other=0)
-    low = turned(low, 30)
-    if 8 % BITS == 0:
-        return (low >> shift) & (((1 << BITS) - 1) * 0x01010101 if BITS < 8 else -1)
+    at = unit_at + word_offset(word, lane, NUM_WORDS) // 4
+    at = tl.multiple_of(tl.max_contiguous(at, [1, 2]), [1, 1])
+    low = turned(tl.load(codes_ptr + at), 30)
+    if BITS == 8:
+        return low
+    elif BITS == 4:
+        return (low >> shift) & 0x0F0F0F0F
     else:
-        split = ok & (shift + BITS > 8)
-        high = tl.load(unit + word_offset(word + 1, lane, NUM_WORDS) // 4, mask=split, other=0)
-        high = turned(high, 30)
+        # A code may go on in the next word.
+        more = tl.broadcast_to(shift + BITS > 8, [R, C])
+        at = unit_at + word_offset(word + 1, lane, NUM_WORDS) // 4
+        at = tl.multiple_of(tl.max_contiguous(at, [1, 2]), [1, 1])
+        high = tl.load(codes_ptr + at, mask=more, other=0)
         low = (low >> shift) & ((0xFF >> shift) * 0x01010101)
-        high = (high << (8 - shift)) & (((0xFF << (8 - shift)) & 0xFF) * 0x01010101)
+        high = (turned(high, 30) << (8 - shift)) & (((0xFF << (8 - shift)) & 0xFF) * 0x01010101)
         return (low | high) & (((1 << BITS) - 1) * 0x01010101)

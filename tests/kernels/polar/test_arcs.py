@@ -125,8 +125,8 @@ def test_the_arc_is_the_smallest_power_of_two_that_holds_the_group(
     for p, exponent in enumerate(exponents.tolist()):
         own = float(angle[..., p].amax() - angle[..., p].amin())
         assert TAU / 2**exponent >= own - 1e-5 or exponent == 0
-        # The search for the gap may miss the smallest arc by two sectors of 6 degrees.
-        assert exponent == arcs.MAX_ARC_EXPONENT or TAU / 2 ** (exponent + 1) < own + TAU / 30
+        # The search for the gap may miss the smallest arc by two sectors of 11.25 degrees.
+        assert exponent == arcs.MAX_ARC_EXPONENT or TAU / 2 ** (exponent + 1) < own + TAU / 16
     error = torch.atan2(out[..., 8:], out[..., :8]).double() - angle
     error -= TAU * torch.round(error / TAU)
     assert float(error.abs().max()) <= TAU / 2 ** (int(exponents.min()) + 5) + START_STEP
