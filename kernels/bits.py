@@ -36,7 +36,7 @@ def pack_field(field: Field, numbers: Tensor, out: Tensor) -> None:
     target = out[:, field.offset : field.offset + field.num_bytes]
     if field.dtype == "element":
         source = numbers.view(torch.uint8)
-        target.view(source.shape).copy_(source)
+        copy_bytes(source, target.view(source.shape))
         return
     stored = _taken(numbers.flatten(1), _number_index(order, numbers.device)[0])
     if field.dtype != "code":
@@ -84,6 +84,27 @@ def unpack_field(field: Field, packed: Tensor) -> Tensor:
     return numbers.view(packed.shape[0], *field.shape)
 
 
+def copy_bytes(source: Tensor, target: Tensor) -> None:
+    """Copies uint8 tensors of one shape, eight bytes at a time where both are aligned to them.
+
+    Args:
+        source: uint8 of any shape and strides, last dim contiguous.
+        target: uint8 of the same shape, likewise.
+    """
+    if source.numel() and all(_fits_words(tensor) for tensor in (source, target)):
+        source, target = source.view(torch.int64), target.view(torch.int64)
+    target.copy_(source)
+
+
+def _fits_words(tensor: Tensor) -> bool:
+    sizes = (tensor.shape[-1], tensor.data_ptr(), *tensor.stride()[:-1])
+    return (
+        tensor.stride(-1) == 1
+        and tensor.storage_offset() % 8 == 0
+        and not any(size % 8 for size in sizes)
+    )
+
+
 def _taken(rows: Tensor, index: Tensor) -> Tensor:
     """Returns rows[:, index] of uint8 or fp16 [N, M]."""
     if rows.device.type != "cpu":
@@ -116,7 +137,7 @@ def _byte_index(
     lanes = source.transpose(2, 3).flatten(3)
     left = num_words % 4
     sizes = [4] * (num_words // 4) + [size for size in (2, 1) if left & size]
-    chunks = [chunk.flatten(1) for chunk in lanes.split(sizes, 2)]
+    chunks = [chunk.flatten(1) for chunk in torch.split(lanes, sizes, 2)]
     index = torch.cat(chunks, 1).flatten()
     return index.to(device), torch.argsort(index).to(device)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from polarcache.kernels import values
-from polarcache.kernels.bits import pack_field, unpack_field
+from polarcache.kernels.bits import copy_bytes, pack_field, unpack_field
 from polarcache.kernels.calibration import Calibration
 from polarcache.kernels.errors import CalibrationError, NonFiniteError, ShapeError
 from polarcache.kernels.layout import BlockShape, Field, PackedLayout
@@ -198,6 +198,15 @@ class Codec:
             self._plan = Plan.of(self.profile, self.shape, self.layout)
         return self._plan
 
+    def _exact_or_kernels(self, packed: Tensor) -> bool:
+        """Whether no side needs temporaries: each is copied or has a kernel."""
+        plan = self._plan_of(packed)
+        covered = () if plan is None else plan.sides
+        return all(
+            side in covered or isinstance(codec, Exact)
+            for side, codec in (("key", self.profile.key), ("value", self.profile.value))
+        )
+
     def _sides(
         self, keys: Tensor, values: Tensor
     ) -> tuple[tuple[str, KeyCodec, Tensor], tuple[str, ValueCodec, Tensor]]:
@@ -220,7 +229,9 @@ class Codec:
         """Yields slice ranges small enough for temporaries to stay in cache or memory."""
         shape = self.shape
         step = _CPU_CHUNK_SLICES
-        if packed.device.type != "cpu":
+        if packed.device.type != "cpu" and self._exact_or_kernels(packed):
+            step = max(1, packed.shape[0])
+        elif packed.device.type != "cpu":
             widest = max(shape.head_dim, shape.v_head_dim)
             step = max(1, _GPU_CHUNK_BYTES // (4 * shape.tokens * shape.kv_heads * widest))
         for start in range(0, packed.shape[0], step):
@@ -287,7 +298,7 @@ def _decode_side(
 ) -> None:
     """Decodes one side from the numbers of its fields."""
     if isinstance(codec, Exact):
-        out.view(torch.uint8).copy_(numbers["elements"].view(out.view(torch.uint8).shape))
+        copy_bytes(numbers["elements"].view(out.view(torch.uint8).shape), out.view(torch.uint8))
     elif isinstance(codec, Pair):
         pair.decode(numbers["codes"], numbers["parameters"], codec, shape, out)
     elif isinstance(codec, Integer):

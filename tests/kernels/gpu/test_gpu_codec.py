@@ -13,7 +13,7 @@ pytestmark = pytest.mark.gpu
 BITS = [(r, t) for r in range(1, 8) for t in range(1, 8) if 3 <= r + t <= 8]
 SHAPES = [
     pytest.param(BlockShape(128, 2, 64, 64, "half", 64), id="T128-H2-D64"),
-    pytest.param(BlockShape(128, 1, 80, 80, "interleaved", 80), id="T128-H1-D80-interleaved"),
+    pytest.param(BlockShape(128, 1, 80, 96, "interleaved", 80), id="T128-H1-D80-Dv96-interleaved"),
     pytest.param(BlockShape(256, 3, 96, 64, "half", 48), id="T256-H3-D96-Dv64-rotary48"),
     pytest.param(BlockShape(128, 8, 128, 128, "half", 128), id="T128-H8-D128"),
     pytest.param(BlockShape(256, 2, 128, 96, "half", 32), id="T256-H2-D128-Dv96-rotary32"),
