@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from polarcache.kernels.calibration import Calibration
 from polarcache.kernels.checks import check_packed
 from polarcache.kernels.codec import Codec
 from polarcache.kernels.errors import NonFiniteError as KernelNonFiniteError
@@ -30,12 +31,19 @@ class BlockCodec:
         profile: Codec profile.
         layout: Shape of the namespace's blocks.
         device: Where pages are.
+        calibration: What the profile names, None if it names none.
 
     Raises:
         polarcache.kernels.errors.CodecError: The profile does not fit the layout.
     """
 
-    def __init__(self, profile: Profile, layout: KvLayout, device: torch.device) -> None:
+    def __init__(
+        self,
+        profile: Profile,
+        layout: KvLayout,
+        device: torch.device,
+        calibration: Calibration | None = None,
+    ) -> None:
         self._layout = layout
         self._device = device
         self._dtype: torch.dtype = getattr(torch, layout.dtype)
@@ -47,7 +55,7 @@ class BlockCodec:
             pairing=layout.rope_pairing,
             rotary_dim=layout.rotary_dim,
         )
-        self._codec = Codec(profile, shape, self._dtype)
+        self._codec = Codec(profile, shape, self._dtype, calibration)
         self.packed = self._codec.layout
         # An exact slice's packed bytes are its raw bytes: both are K then V, unpadded.
         self._raw_is_packed = isinstance(profile.key, Exact) and isinstance(profile.value, Exact)
@@ -81,7 +89,8 @@ class BlockCodec:
         if not packed and not self._raw_is_packed:
             keys, values = self._split(wire)
             try:
-                self._codec.encode(keys, values, out)
+                layers = range(first_layer, first_layer + num_layers)
+                self._codec.encode(keys, values, out, layers)
             except KernelNonFiniteError as error:
                 raise NonFiniteError(f"layer {first_layer} and following: {error}") from error
         else:

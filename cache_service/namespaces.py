@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from polarcache.cache_service.codec import BlockCodec
-from polarcache.kernels.errors import CodecError
+from polarcache.kernels.calibration import Calibration
+from polarcache.kernels.errors import CalibrationError, CodecError
 from polarcache.kernels.layout import LAYOUT_VERSION
 from polarcache.kernels.profile import Profile
 from polarcache.proto.errors import (
@@ -70,10 +71,12 @@ class NamespaceRegistry:
         try:
             profile = Profile.parse(spec.profile)
             spec = spec.with_profile(str(profile))
-            codec = BlockCodec(profile, layout, self._device)
+            calibration = _calibration(profile, spec.calibration)
+            codec = BlockCodec(profile, layout, self._device, calibration)
         except CodecError as error:
             raise InvalidRequestError(f"profile {spec.profile!r}: {error}") from error
-        namespace = Namespace(spec.namespace_id(LAYOUT_VERSION), spec, codec)
+        digest = calibration.digest if calibration else ""
+        namespace = Namespace(spec.namespace_id(LAYOUT_VERSION, digest), spec, codec)
         with self._lock:
             first = self._layout_of_model.setdefault(spec.model_identity, layout)
             _check_same_model(spec.model, first, layout)
@@ -110,3 +113,14 @@ def _check_same_model(model: str, first: KvLayout, layout: KvLayout) -> None:
             f"model {model!r} was opened with another geometry: {details}; give other weights "
             "another model or revision"
         )
+
+
+def _calibration(profile: Profile, text: str) -> Calibration | None:
+    if bool(profile.calibration) != bool(text):
+        raise CalibrationError(
+            f"the profile names calibration {profile.calibration!r}; expected its text with the "
+            "namespace"
+            if profile.calibration
+            else "a calibration came, but the profile names none"
+        )
+    return Calibration.parse(text) if text else None

@@ -193,6 +193,7 @@ class KvCacheServicer:
         for namespace in self._namespaces.all():
             message = namespace.spec.to_proto()
             message.ClearField("salt")
+            message.ClearField("calibration")
             infos.append(
                 pb.NamespaceInfo(
                     namespace_id=namespace.namespace_id,

@@ -20,6 +20,7 @@ _COMMANDS = {
     "stats": ("polarcache.cli.client", "Show counters and gauges."),
     "clear": ("polarcache.cli.client", "Remove stored blocks."),
     "codec": ("polarcache.cli.codec", "Judge codecs on your own tensors."),
+    "calibrate": ("polarcache.cli.calibrate", "Measure a model's queries for its key codec."),
 }
 
 

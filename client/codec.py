@@ -11,6 +11,7 @@ import torch
 
 from polarcache.client._slices import empty_layers
 from polarcache.client._types import LayerTensors, Namespace
+from polarcache.kernels.calibration import Calibration
 from polarcache.kernels.codec import Codec
 from polarcache.kernels.errors import NonFiniteError as KernelNonFiniteError
 from polarcache.kernels.layout import BlockShape
@@ -49,6 +50,7 @@ def pack_blocks(namespace: Namespace, layers: Sequence[LayerTensors]) -> list[Bu
                 keys.detach().cpu().unflatten(0, (num_blocks, layout.block_tokens)),
                 values.detach().cpu().unflatten(0, (num_blocks, layout.block_tokens)),
                 packed[:, i],
+                [i] * num_blocks,
             )
         except KernelNonFiniteError as error:
             raise NonFiniteError(f"layer {i}: {error}") from error
@@ -110,7 +112,13 @@ def _codec(namespace: Namespace) -> Codec:
         pairing=layout.rope_pairing,
         rotary_dim=layout.rotary_dim,
     )
-    codec = Codec(Profile.parse(namespace.spec.profile), shape, getattr(torch, layout.dtype))
+    text = namespace.spec.calibration
+    codec = Codec(
+        Profile.parse(namespace.spec.profile),
+        shape,
+        getattr(torch, layout.dtype),
+        Calibration.parse(text) if text else None,
+    )
     if codec.layout.slice_bytes != namespace.packed_slice_bytes:
         raise LayoutMismatchError(
             f"the service packs a slice into {namespace.packed_slice_bytes} bytes, this client "

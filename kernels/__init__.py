@@ -4,13 +4,29 @@ This package exports only names that need no torch. The tensor functions are one
 `polarcache.kernels.codec.Codec` and `polarcache.kernels.report.codec_report`.
 """
 
-from polarcache.kernels.errors import CodecError, NonFiniteError, ProfileError, ShapeError
+from polarcache.kernels.errors import (
+    CalibrationError,
+    CodecError,
+    NonFiniteError,
+    ProfileError,
+    ShapeError,
+)
 from polarcache.kernels.layout import LAYOUT_VERSION, BlockShape, Field, PackedLayout
-from polarcache.kernels.profile import Exact, Integer, Pair, Profile, Recursive
+from polarcache.kernels.profile import (
+    ArcPair,
+    Exact,
+    Integer,
+    Pair,
+    Polar,
+    Profile,
+    Recursive,
+)
 
 __all__ = [
     "LAYOUT_VERSION",
+    "ArcPair",
     "BlockShape",
+    "CalibrationError",
     "CodecError",
     "Exact",
     "Field",
@@ -18,6 +34,7 @@ __all__ = [
     "NonFiniteError",
     "PackedLayout",
     "Pair",
+    "Polar",
     "Profile",
     "ProfileError",
     "Recursive",

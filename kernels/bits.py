@@ -1,15 +1,150 @@
-"""Bit packing: codes of b bits as a dense little-endian stream, on any device.
+"""Bit packing: codes of b bits as dense little-endian streams, on any device.
 
 Eight codes fill eight bytes of a word. Three rounds close the gaps between neighbours (b, then 2b,
 then 4b bits wide), which leaves the 8b code bits at the word's low end: its first b bytes.
+
+A field in the order of the tensor cores is packed lane by lane (`pack_field`). A lane's words go to
+memory in chunks of four, two and one: chunk by chunk, lane by lane, so that a warp reads 16 bytes
+a lane at once. Words of four streams are turned left by two bits, which multiplies the codes of
+every byte by four: the offset of a 4-byte table entry, ready for use as an address.
 """
 
+from functools import lru_cache
+from math import prod
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from polarcache.kernels.errors import ShapeError
+from polarcache.kernels.layout import LANES, WORD_BYTES, Field, Order
 
 _WORD_CODES = 8
+_PAIR_STREAMS = 4
+_TURN_BITS = 2
+
+
+def pack_field(field: Field, numbers: Tensor, out: Tensor) -> None:
+    """Writes one field of packed slices.
+
+    Args:
+        field: where and how.
+        numbers: [N, *field.shape]; uint8 codes below 2**bits, fp16, or any dtype of elements.
+        out: uint8 [N, slice_bytes], last dim contiguous; the field's bytes are written once.
+    """
+    order = field.order
+    target = out[:, field.offset : field.offset + field.num_bytes]
+    if field.dtype == "element":
+        source = numbers.view(torch.uint8)
+        copy_bytes(source, target.view(source.shape))
+        return
+    stored = _taken(numbers.flatten(1), _number_index(order, numbers.device)[0])
+    if field.dtype != "code":
+        target.copy_(stored.view(torch.uint8))
+    elif order.streams == 1:
+        pack_bits(stored, field.bits, target)
+    else:
+        streams = stored.new_empty((stored.shape[0], field.num_bytes))
+        pack_bits(stored, field.bits, streams)
+        index, _ = _byte_index(order, field.bits, field.num_bytes, streams.device)
+        stored = _taken(streams, index)
+        if order.streams == _PAIR_STREAMS:
+            stored = _turned(stored.view(torch.int32), _TURN_BITS).view(torch.uint8)
+        target.copy_(stored)
+
+
+def unpack_field(field: Field, packed: Tensor) -> Tensor:
+    """Reads one field of packed slices.
+
+    Args:
+        field: where and how.
+        packed: uint8 [N, slice_bytes], last dim contiguous, any alignment.
+
+    Returns:
+        [N, *field.shape]: uint8 codes, fp16, or for elements their bytes as uint8 [N, num_bytes].
+    """
+    order = field.order
+    source = packed[:, field.offset : field.offset + field.num_bytes]
+    if field.dtype == "element":
+        return source
+    if field.dtype != "code":
+        # The copy is aligned, whatever the address of `packed`.
+        stored = source.clone(memory_format=torch.contiguous_format).view(torch.float16)
+    elif order.streams == 1:
+        stored = unpack_bits(source, field.bits, field.num_bytes * 8 // field.bits)
+    else:
+        words = source.clone(memory_format=torch.contiguous_format)
+        if order.streams == _PAIR_STREAMS:
+            turned = _turned(words.view(torch.int32), 8 * WORD_BYTES - _TURN_BITS)
+            words = turned.view(torch.uint8)
+        _, inverse = _byte_index(order, field.bits, field.num_bytes, words.device)
+        streams = _taken(words, inverse)
+        stored = unpack_bits(streams, field.bits, field.num_bytes * 8 // field.bits)
+    numbers = _taken(stored, _number_index(order, stored.device)[1])
+    return numbers.view(packed.shape[0], *field.shape)
+
+
+def copy_bytes(source: Tensor, target: Tensor) -> None:
+    """Copies uint8 tensors of one shape, eight bytes at a time where both are aligned to them.
+
+    Args:
+        source: uint8 of any shape and strides, last dim contiguous.
+        target: uint8 of the same shape, likewise.
+    """
+    if source.numel() and all(_fits_words(tensor) for tensor in (source, target)):
+        source, target = source.view(torch.int64), target.view(torch.int64)
+    target.copy_(source)
+
+
+def _fits_words(tensor: Tensor) -> bool:
+    sizes = (tensor.shape[-1], tensor.data_ptr(), *tensor.stride()[:-1])
+    return (
+        tensor.stride(-1) == 1
+        and tensor.storage_offset() % 8 == 0
+        and not any(size % 8 for size in sizes)
+    )
+
+
+def _taken(rows: Tensor, index: Tensor) -> Tensor:
+    """Returns rows[:, index] of uint8 or fp16 [N, M]."""
+    if rows.device.type != "cpu":
+        return rows.index_select(1, index)
+    # Four times as fast as torch's gather (one EPYC core, 2026-11-24).
+    taken = np.take(rows.numpy(), index.numpy(), axis=1, mode="clip")
+    return torch.from_numpy(taken)
+
+
+@lru_cache(maxsize=128)
+def _number_index(order: Order, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns where in the field's shape each stored number lies, and the inverse, int64 [M]."""
+    numbers = torch.arange(prod(order.split)).view(order.split)
+    index = numbers.permute(order.axes).flatten()
+    return index.to(device), torch.argsort(index).to(device)
+
+
+@lru_cache(maxsize=128)
+def _byte_index(
+    order: Order, bits: int, num_bytes: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Returns where in its streams each stored byte lies, and the inverse, int64 [num_bytes].
+
+    Streams are [units, lanes, streams, bytes], stored bytes chunks of [lanes, words, streams,
+    bytes of a part].
+    """
+    part = WORD_BYTES // order.streams
+    num_words = order.stream_codes * bits // (8 * part)
+    source = torch.arange(num_bytes).view(-1, LANES, order.streams, num_words, part)
+    lanes = source.transpose(2, 3).flatten(3)
+    left = num_words % 4
+    sizes = [4] * (num_words // 4) + [size for size in (2, 1) if left & size]
+    chunks = [chunk.flatten(1) for chunk in torch.split(lanes, sizes, 2)]
+    index = torch.cat(chunks, 1).flatten()
+    return index.to(device), torch.argsort(index).to(device)
+
+
+def _turned(words: Tensor, bits: int) -> Tensor:
+    """Turns int32 words left by `bits`."""
+    return (words << bits) | ((words >> (8 * WORD_BYTES - bits)) & ((1 << bits) - 1))
 
 
 def pack_bits(codes: Tensor, bits: int, out: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 CodecError (a ValueError)
 ├── ProfileError    a profile string or combination that the grammar does not allow
+├── CalibrationError  a calibration that is missing, damaged or not the one a profile names
 ├── ShapeError      a block shape, tensor shape, dtype, stride or device that does not fit
 └── NonFiniteError  NaN, infinity or a magnitude beyond the stored parameters' range
 """
@@ -13,6 +14,10 @@ class CodecError(ValueError):
 
 class ProfileError(CodecError):
     """A profile does not follow the grammar; the message lists what is allowed."""
+
+
+class CalibrationError(CodecError):
+    """A calibration is missing, damaged, or not the one that a profile names."""
 
 
 class ShapeError(CodecError):

@@ -14,6 +14,7 @@ __all__ = ["DTYPE_BYTES", "KvLayout", "NamespaceSpec", "RopePairing"]
 
 RopePairing = Literal["half", "interleaved"]
 
+_MAX_CALIBRATION_BYTES = 1 << 20
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 _DTYPES = {
     "float16": pb.DTYPE_FLOAT16,
@@ -143,6 +144,7 @@ class NamespaceSpec:
         tp_size: Tensor-parallel world size.
         pp_rank: Pipeline-parallel rank, below `pp_size`.
         pp_size: Pipeline-parallel world size.
+        calibration: Text of the calibration that the profile names, "" for none.
 
     Raises:
         InvalidRequestError: A field is out of range.
@@ -159,6 +161,7 @@ class NamespaceSpec:
     tp_size: int = 1
     pp_rank: int = 0
     pp_size: int = 1
+    calibration: str = ""
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -169,6 +172,11 @@ class NamespaceSpec:
                 raise InvalidRequestError(
                     f"{name} must be {least} to 256 bytes of UTF-8, got {length} bytes"
                 )
+        if len(self.calibration) > _MAX_CALIBRATION_BYTES:
+            raise InvalidRequestError(
+                f"calibration must be at most {_MAX_CALIBRATION_BYTES} bytes, got "
+                f"{len(self.calibration)}"
+            )
         for kind in ("tp", "pp"):
             rank, world = getattr(self, f"{kind}_rank"), getattr(self, f"{kind}_size")
             if not 0 <= rank < world <= 65536:
@@ -184,14 +192,16 @@ class NamespaceSpec:
             self.tp_rank, self.tp_size, self.pp_rank, self.pp_size,
         )  # fmt: skip
 
-    def namespace_id(self, layout_version: int) -> bytes:
+    def namespace_id(self, layout_version: int, calibration_digest: str = "") -> bytes:
         """First 16 bytes of the SHA-256 of the canonical form.
 
         Args:
             layout_version: Version of the packed layout, so that another version's blocks miss.
+            calibration_digest: What stands for the calibration, whose text holds remarks too.
         """
+        facts = asdict(self) | {"calibration": calibration_digest}
         canonical = json.dumps(
-            {"schema": 1, "layout_version": layout_version, **asdict(self)},
+            {"schema": 1, "layout_version": layout_version, **facts},
             sort_keys=True,
             separators=(",", ":"),
         )
@@ -215,6 +225,7 @@ class NamespaceSpec:
             pp_size=self.pp_size,
             geometry=self.layout.to_proto(),
             profile=self.profile,
+            calibration=self.calibration,
         )
 
     @classmethod
@@ -236,6 +247,7 @@ class NamespaceSpec:
             tp_size=message.tp_size or 1,
             pp_rank=message.pp_rank,
             pp_size=message.pp_size or 1,
+            calibration=message.calibration,
         )
 
 

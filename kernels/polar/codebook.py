@@ -1,4 +1,4 @@
-"""Codebooks of the recursive codec: angles that minimise the mean squared error.
+"""Codebooks of the rotated codecs: numbers that minimise the mean squared error.
 
 The angle of two radii that each sum 2^(l-1) Gaussian channels has, at level l >= 2, a density
 proportional to sin(2a)^(2^(l-1) - 1) on [0, pi/2]; at level 1 it is uniform on [0, 2 pi).
@@ -16,6 +16,7 @@ Floats = npt.NDArray[np.float64]
 
 _STEPS = 1 << 15
 _MAX_ITERATIONS = 2000
+_LARGEST_RADIUS = 12.0
 
 
 def span(level: int) -> float:
@@ -31,19 +32,21 @@ def density(angles: Floats, level: int) -> Floats:
     return result
 
 
-@lru_cache(maxsize=len(RECURSIVE_BITS))
-def centroids(level: int) -> tuple[float, ...]:
+@lru_cache(maxsize=64)
+def centroids(level: int, bits: int | None = None) -> tuple[float, ...]:
     """Returns the Lloyd-Max angles of a level in rising order, exact to about 1e-9.
 
     Args:
-        level: 1 to 4.
+        level: 1 to 6.
+        bits: bits of a code; None for the published bits of levels 1 to 4.
 
     Returns:
         2**bits angles in radians.
     """
-    count = 1 << RECURSIVE_BITS[level - 1]
+    count = 1 << (RECURSIVE_BITS[level - 1] if bits is None else bits)
     edges, mass, moment, _ = _moments(level)
-    points = (np.arange(count) + 0.5) * span(level) / count
+    # Quantiles to start from: high levels are so narrow that even steps would leave cells empty.
+    points = np.interp((np.arange(count) + 0.5) / count * mass[-1], mass, edges)
     for _ in range(_MAX_ITERATIONS):
         bounds = np.concatenate(([0.0], (points[1:] + points[:-1]) / 2, [span(level)]))
         cell_mass = np.diff(np.interp(bounds, edges, mass))
@@ -58,16 +61,42 @@ def centroids(level: int) -> tuple[float, ...]:
     return tuple(float(point) for point in points)
 
 
-@lru_cache(maxsize=len(RECURSIVE_BITS))
-def expected_distortion(level: int) -> float:
-    """Returns the mean squared angle error of `centroids(level)`, in square radians."""
-    points = np.array(centroids(level))
+@lru_cache(maxsize=64)
+def expected_distortion(level: int, bits: int | None = None) -> float:
+    """Returns the mean squared angle error of `centroids(level, bits)`, in square radians."""
+    points = np.array(centroids(level, bits))
     edges, mass, moment, square = _moments(level)
     bounds = np.concatenate(([0.0], (points[1:] + points[:-1]) / 2, [span(level)]))
     cell_mass, cell_moment, cell_square = (
         np.diff(np.interp(bounds, edges, cumulative)) for cumulative in (mass, moment, square)
     )
     return float((cell_square - 2 * points * cell_moment + points**2 * cell_mass).sum() / mass[-1])
+
+
+@lru_cache(maxsize=8)
+def rayleigh_points(bits: int) -> tuple[float, ...]:
+    """Returns the Lloyd-Max radii of two Gaussian channels of variance 1, in rising order.
+
+    Args:
+        bits: 1 to 4.
+
+    Returns:
+        2**bits radii; the density is r exp(-r^2 / 2).
+    """
+    edges = np.linspace(0, _LARGEST_RADIUS, _STEPS + 1)
+    # Antiderivatives of the density and of r times the density.
+    tail = np.exp(-(edges**2) / 2)
+    steps = np.diff(edges) * (tail[1:] + tail[:-1]) / 2
+    mass, moment = 1 - tail, np.concatenate(([0.0], np.cumsum(steps))) - edges * tail
+    points = (np.arange(1 << bits) + 0.5) * (4 / (1 << bits))
+    for _ in range(_MAX_ITERATIONS):
+        bounds = np.concatenate(([0.0], (points[1:] + points[:-1]) / 2, [_LARGEST_RADIUS]))
+        moved = np.diff(np.interp(bounds, edges, moment)) / np.diff(np.interp(bounds, edges, mass))
+        change = np.abs(moved - points).max()
+        points = moved
+        if change < 1e-14:
+            break
+    return tuple(float(point) for point in points)
 
 
 def _moments(level: int) -> tuple[Floats, Floats, Floats, Floats]:

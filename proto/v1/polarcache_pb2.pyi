@@ -77,7 +77,7 @@ class Geometry(_message.Message):
     def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., v_head_dim: _Optional[int] = ..., dtype: _Optional[_Union[Dtype, str]] = ..., block_tokens: _Optional[int] = ..., rope_pairing: _Optional[_Union[RopePairing, str]] = ..., rotary_dim: _Optional[int] = ...) -> None: ...
 
 class Namespace(_message.Message):
-    __slots__ = ("model", "revision", "lora", "tenant", "salt", "tp_rank", "tp_size", "pp_rank", "pp_size", "geometry", "profile")
+    __slots__ = ("model", "revision", "lora", "tenant", "salt", "tp_rank", "tp_size", "pp_rank", "pp_size", "geometry", "profile", "calibration")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     REVISION_FIELD_NUMBER: _ClassVar[int]
     LORA_FIELD_NUMBER: _ClassVar[int]
@@ -89,6 +89,7 @@ class Namespace(_message.Message):
     PP_SIZE_FIELD_NUMBER: _ClassVar[int]
     GEOMETRY_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATION_FIELD_NUMBER: _ClassVar[int]
     model: str
     revision: str
     lora: str
@@ -100,7 +101,8 @@ class Namespace(_message.Message):
     pp_size: int
     geometry: Geometry
     profile: str
-    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., lora: _Optional[str] = ..., tenant: _Optional[str] = ..., salt: _Optional[str] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ..., pp_rank: _Optional[int] = ..., pp_size: _Optional[int] = ..., geometry: _Optional[_Union[Geometry, _Mapping]] = ..., profile: _Optional[str] = ...) -> None: ...
+    calibration: str
+    def __init__(self, model: _Optional[str] = ..., revision: _Optional[str] = ..., lora: _Optional[str] = ..., tenant: _Optional[str] = ..., salt: _Optional[str] = ..., tp_rank: _Optional[int] = ..., tp_size: _Optional[int] = ..., pp_rank: _Optional[int] = ..., pp_size: _Optional[int] = ..., geometry: _Optional[_Union[Geometry, _Mapping]] = ..., profile: _Optional[str] = ..., calibration: _Optional[str] = ...) -> None: ...
 
 class DescribeRequest(_message.Message):
     __slots__ = ()

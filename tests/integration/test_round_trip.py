@@ -26,6 +26,8 @@ PROFILES = [
     "k=recursive,v=recursive",
     "k=exact,v=int4",
     "k=pair:r4t4,v=exact",
+    "k=pair:tiers7,v=polar:r3t5",
+    "k=polar:r2t4,v=polar:r2t4",
 ]
 
 

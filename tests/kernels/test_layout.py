@@ -1,10 +1,14 @@
 from math import prod
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from polarcache.kernels import BlockShape, PackedLayout, Profile, ShapeError
+from polarcache.kernels.bits import pack_field, unpack_field
+from polarcache.kernels.layout import Order, key_pair_order, value_order
 
 PROFILES = [
     "exact",
@@ -13,6 +17,11 @@ PROFILES = [
     "k=pair:r2t5:minmax:g64,v=exact",
     "k=recursive,v=recursive:kmeans",
     "k=exact,v=int4:g16",
+    "k=pair:tiers7:g32,v=polar",
+    "k=pair:r2t4:arc2:g32,v=exact",
+    "k=polar:r2t4,v=polar:r1t3",
+    "k=recursive:deep,v=recursive:deep",
+    "k=recursive:log8,v=recursive:log8:kmeans",
 ]
 shapes = st.builds(
     lambda tokens, heads, dim, v_dim, pairing, rotary: BlockShape(
@@ -78,6 +87,14 @@ def test_pair_channels_cover_the_head_exactly_once(shape: BlockShape) -> None:
         ("k=recursive,v=recursive", 128, 3.875, 3.875),
         ("k=recursive:kmeans,v=int4", 64, 3.875 + 28 * 16 / (128 * 8 * 64), 4.5),
         ("k=exact,v=int4", 80, 16.0, 4.4),
+        ("k=pair:r4t4:arc2,v=polar", 128, 4.1875, 4.125),
+        ("k=pair:tiers8,v=polar:r2t4", 128, 4.21875, 3.125),
+        ("k=pair:tiers6,v=polar:r1t3", 64, 3.21875, 2.25),
+        ("k=polar,v=polar", 128, 4 + 20 / 128 + 32 / 128**2, 4.125),
+        ("k=polar:r2t4,v=polar", 64, 3 + 8 / 64 + 12 / 128 + 32 / (64 * 128), 4.25),
+        ("k=recursive:deep,v=recursive:deep", 128, 245 / 64 + 8 / 128 + 16 / 128**2, 245 / 64),
+        ("k=recursive:deep,v=recursive:deep", 96, 125 / 32 + 8 / 128 + 16 / (96 * 128), 125 / 32),
+        ("k=recursive:log8,v=recursive:log8", 80, 3.375, 3.375),
     ],
 )
 def test_layout_bits_are_exact(text: str, dim: int, key_bits: float, value_bits: float) -> None:
@@ -92,10 +109,105 @@ def test_layout_of_the_default_profile_is_frozen() -> None:
         ("key_codes", "code", (128, 8, 64), 8, 0, 65536),
         ("key_parameters", "float16", (1, 4, 8, 64), 16, 65536, 4096),
         ("value_codes", "code", (128, 8, 128), 4, 69632, 65536),
-        ("value_scales", "float16", (128, 8, 1), 16, 135168, 2048),
-        ("value_zeros", "float16", (128, 8, 1), 16, 137216, 2048),
+        ("value_parameters", "float16", (2, 128, 8, 1), 16, 135168, 4096),
     ]
     assert layout.slice_bytes == 139264
+
+
+def chunk_byte(word: int, num_words: int, lane: int) -> int:
+    """First byte of a lane's word in its unit: chunks of four words, then of two and one."""
+    start = 0
+    for size in [4] * (num_words // 4) + [size for size in (2, 1) if num_words % 4 & size]:
+        if word < start + size:
+            return 128 * start + 4 * (size * lane + word - start)
+        start += size
+    raise AssertionError("no such word")
+
+
+def bit_positions(
+    order: Order, shape: tuple[int, ...], bits: int, place: tuple[int, int, int]
+) -> list[int]:
+    """Bits of one code, lowest first, from the rules of kernels/polar/README.md, section 3."""
+    token, head, column = place
+    tokens, _, columns = shape
+    tile, row = divmod(token, 16)
+    if order.streams == 4:  # pairs: rows of the fragment are tokens
+        steps = columns // 8
+        lane = 4 * (row % 8) + column % 4
+        stream, code = row // 8 + 2 * (column % 8 // 4), column // 8
+    else:  # channels: rows of the fragment are channels
+        steps = 4 * (columns // 16)
+        lane = 4 * (column % 8) + row % 8 // 2
+        stream, code = row % 2, 4 * (column // 16) + 2 * (row // 8) + column % 16 // 8
+    tiles = order.stream_codes // steps
+    unit_bits = 16 * tiles * columns * bits
+    num_words = unit_bits // 1024
+    base = head * tokens * columns * bits + tile // tiles * unit_bits
+    part = 32 // order.streams
+    positions = []
+    for bit in range(bits):
+        in_stream = bits * (tile % tiles * steps + code) + bit
+        in_word = part * stream + in_stream % part
+        if order.streams == 4:
+            in_word = (in_word + 2) % 32
+        word = in_stream // part
+        positions.append(base + 8 * chunk_byte(word, num_words, lane) + in_word)
+    return positions
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("text", "bits"),
+    [("k=pair:r2t1,v=int4", 3), ("k=pair:r3t3,v=int4", 6), ("k=pair:r4t4,v=int2:g16", 8)],
+)
+def test_codes_lie_in_tensor_core_order(text: str, bits: int, dim: int) -> None:
+    shape = BlockShape(128, 3, dim, dim, "half", dim)
+    layout = PackedLayout.of(Profile.parse(text), shape, 2)
+    random = np.random.default_rng(dim)
+    for name in ("key_codes", "value_codes"):
+        field = next(field for field in layout.fields if field.name == name)
+        assert field.order.streams > 1
+        codes = random.integers(0, 1 << field.bits, (1, *field.shape), dtype=np.uint8)
+        packed = torch.full((1, layout.slice_bytes), 0xA5, dtype=torch.uint8)
+        pack_field(field, torch.from_numpy(codes), packed)
+        assert torch.equal(unpack_field(field, packed), torch.from_numpy(codes))
+        stored = np.unpackbits(
+            packed[0, field.offset : field.offset + field.num_bytes].numpy(), bitorder="little"
+        )
+        seen = set()
+        for _ in range(2000):
+            place = tuple(int(random.integers(size)) for size in field.shape)
+            positions = bit_positions(field.order, field.shape, field.bits, place)
+            seen |= set(positions)
+            value = sum(int(stored[position]) << i for i, position in enumerate(positions))
+            assert value == codes[0][place]
+        assert len(seen) > field.bits * 1000
+
+
+def test_parameters_lie_in_lane_order() -> None:
+    layout = PackedLayout.of(Profile.parse("k=pair,v=int4:g32"), shape_of(), 2)
+    for name in ("key_parameters", "value_parameters"):
+        field = next(field for field in layout.fields if field.name == name)
+        numbers = torch.randn((1, *field.shape)).half()
+        packed = torch.zeros((1, layout.slice_bytes), dtype=torch.uint8)
+        pack_field(field, numbers, packed)
+        stored = packed[0, field.offset : field.offset + field.num_bytes].view(torch.float16)
+        assert torch.equal(unpack_field(field, packed), numbers)
+        if name == "key_parameters":
+            by_head = stored.view(8, 1, 4, 8, 16 // 2)  # head, group, kind, pair % 8, pair // 8
+            assert by_head[5, 0, 2, 3, 6] == numbers[0, 0, 2, 5, 6 * 8 + 3]
+        else:
+            by_head = stored.view(8, 8, 4, 4, 2, 2, 2)  # head, tile, group, column, kind, +8, +1
+            assert by_head[5, 6, 3, 2, 1, 1, 0] == numbers[0, 1, 6 * 16 + 8 + 4, 5, 3]
+
+
+def test_orders_that_do_not_fit_a_tile_are_head_major_rows() -> None:
+    for tokens, dim in ((8, 128), (24, 128), (64, 80), (32, 96)):
+        shape = BlockShape(tokens, 2, dim, dim, "half", dim)
+        order = key_pair_order(shape.tokens, shape.kv_heads, shape.pairs)
+        assert order.streams == 1
+        assert order.axes == (1, 0, 2)
+    assert value_order(24, 2, 128).streams == 1
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polarcache.kernels import Exact, Integer, Pair, Profile, ProfileError, Recursive
-
-recursives = st.builds(
-    Recursive, st.sampled_from(["analytic", "kmeans"]), st.integers(0, 2**32 - 1)
+from polarcache.kernels import (
+    ArcPair,
+    Exact,
+    Integer,
+    Pair,
+    Polar,
+    Profile,
+    ProfileError,
+    Recursive,
 )
+
+seeds = st.integers(0, 2**32 - 1)
+recursives = st.one_of(
+    st.builds(
+        Recursive,
+        st.sampled_from(["analytic", "kmeans"]),
+        seeds,
+        st.sampled_from(["published", "log8"]),
+    ),
+    st.builds(Recursive, st.just("analytic"), seeds, st.just("deep")),
+)
+digits = st.one_of(st.just(""), st.from_regex(r"[0-9a-f]{8}", fullmatch=True))
+groups = st.sampled_from([32, 64, 128, 256])
 pairs = st.tuples(st.integers(1, 7), st.integers(1, 7)).filter(lambda bits: 3 <= sum(bits) <= 8)
 key_codecs = st.one_of(
     st.just(Exact()),
@@ -18,12 +36,21 @@ key_codecs = st.one_of(
         lambda bits, angles, group: Pair(*bits, angles, group),
         pairs,
         st.sampled_from(["arc", "minmax"]),
-        st.sampled_from([32, 64, 128, 256]),
+        groups,
     ),
+    st.builds(lambda bits, group: ArcPair(*bits, 0, group), pairs, groups),
+    st.builds(
+        lambda tiers, group, cal: ArcPair(0, 0, tiers, group, cal),
+        st.integers(5, 8),
+        groups,
+        digits,
+    ),
+    st.builds(lambda bits, cal: Polar(*bits, cal), pairs.filter(lambda bits: bits[0] <= 4), digits),
 )
 value_codecs = st.one_of(
     st.just(Exact()),
     recursives,
+    st.builds(lambda bits: Polar(*bits), pairs.filter(lambda bits: bits[0] <= 4)),
     st.builds(Integer, st.sampled_from([2, 4]), st.one_of(st.none(), st.integers(1, 256))),
 )
 
@@ -44,6 +71,10 @@ def test_profile_text_parses_back_to_an_equal_profile(profile: Profile) -> None:
         ("k=pair:g64:minmax:r3t5,v=exact", "k=pair:r3t5:minmax:g64,v=exact"),
         ("k=pair:arc:g128,v=int2:g32", "k=pair:r4t4,v=int2"),
         ("k=exact,v=int4:g64", "k=exact,v=int4:g64"),
+        ("k=pair:arc2:g64,v=polar", "k=pair:r4t4:arc2:g64,v=polar:r3t5"),
+        ("k=pair:cal0123abcd:tiers6,v=polar:r1t3", "k=pair:tiers6:cal0123abcd,v=polar:r1t3"),
+        ("k=polar:cal00000000:r2t4,v=exact", "k=polar:r2t4:cal00000000,v=exact"),
+        ("k=recursive:seed3:deep,v=recursive:log8", "k=recursive:deep:seed3,v=recursive:log8"),
         ("k=recursive:seed7:kmeans,v=recursive:seed0", "k=recursive:kmeans:seed7,v=recursive"),
     ],
 )
@@ -81,6 +112,21 @@ def test_profile_text_is_canonical(text: str, canonical: str) -> None:
         "k=recursive:seed-1,v=exact",
         "k=recursive:seed4294967296,v=exact",
         "k=PAIR,v=exact",
+        "k=pair:tiers4,v=exact",
+        "k=pair:tiers9,v=exact",
+        "k=pair:tiers0,v=exact",
+        "k=pair:tiers8:r4t4,v=exact",
+        "k=pair:tiers8:arc,v=exact",
+        "k=pair:arc2:cal01234567,v=exact",
+        "k=pair:cal01234567,v=exact",
+        "k=pair:tiers8:cal0123456,v=exact",
+        "k=pair:tiers8:cal0123456X,v=exact",
+        "k=polar:r5t3,v=exact",
+        "k=polar:r1t1,v=exact",
+        "k=exact,v=polar:cal01234567",
+        "k=exact,v=pair:tiers8",
+        "k=recursive:deep:kmeans,v=exact",
+        "k=recursive:deep:log8,v=exact",
         "k=pair:,v=exact",
         "exact\n",
     ],

@@ -79,6 +79,15 @@ def test_another_packed_layout_gives_another_namespace() -> None:
     assert len(SPEC.namespace_id(1)) == 16
 
 
+def test_the_calibration_s_digest_is_part_of_the_namespace_and_its_text_is_not() -> None:
+    with_text = dataclasses.replace(SPEC, calibration="{}")
+    assert with_text.namespace_id(1, "d1") == SPEC.namespace_id(1, "d1")
+    assert SPEC.namespace_id(1, "d1") != SPEC.namespace_id(1, "d2")
+    assert NamespaceSpec.from_proto(with_text.to_proto()) == with_text
+    with pytest.raises(InvalidRequestError, match="calibration"):
+        dataclasses.replace(SPEC, calibration="x" * (1 << 21))
+
+
 def test_keys_chain_and_leave_the_tail_out() -> None:
     keys = chain_keys(list(range(100)), 32)
     assert len(keys) == 3

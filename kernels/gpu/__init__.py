@@ -1,0 +1,1 @@
+"""Triton forms of the codecs: whole slices in one launch. Plain torch is the reference."""

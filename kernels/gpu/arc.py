@@ -1,0 +1,66 @@
+"""The smallest arc of a group's angles: device functions. Reference: kernels/polar/pair.py."""
+
+import triton
+import triton.language as tl
+
+from polarcache.kernels.polar.pair import NUM_SECTORS as _NUM_SECTORS
+
+NUM_SECTORS = tl.constexpr(_NUM_SECTORS)
+ALL_SECTORS = tl.constexpr((1 << _NUM_SECTORS) - 1)
+PI = tl.constexpr(3.141592653589793)
+TAU = tl.constexpr(6.283185307179586)
+
+
+@triton.jit
+def sectors(angle, present):
+    """Returns uint32 sets with the sector of each angle in [-pi, pi]; empty where not present."""
+    tl.static_assert(NUM_SECTORS == 32, "sets are rotated as 32-bit words")
+    sector = (angle * (NUM_SECTORS / TAU) + NUM_SECTORS / 2).to(tl.int32)
+    sector = tl.minimum(sector, NUM_SECTORS - 1).to(tl.uint32)
+    return tl.where(present, 1, 0).to(tl.uint32) << sector
+
+
+@triton.jit
+def _rotated(bits, count):
+    return (bits >> count) | (bits << ((32 - count) & 31))
+
+
+@triton.jit
+def arc_middle(occupied, start, stop):
+    """Finds the middle of the smallest arc that holds all angles of a group.
+
+    Args:
+        occupied: uint32 sets of sectors.
+        start: fp32 smallest angle, in [-pi, pi], of the same shape.
+        stop: fp32 largest angle, likewise.
+
+    Returns:
+        fp32 in [-pi, 2 pi); 0 where the gap at -pi is at least the longest run of empty sectors.
+    """
+    empty = occupied ^ ALL_SECTORS
+    run_2 = empty & _rotated(empty, 1)
+    run_4 = run_2 & _rotated(run_2, 2)
+    run_8 = run_4 & _rotated(run_4, 4)
+    run_16 = run_8 & _rotated(run_8, 8)
+    begins = tl.full(empty.shape, ALL_SECTORS, tl.uint32)
+    length = tl.zeros(empty.shape, tl.uint32)
+    begins, length = _longer(begins, length, run_16, 16)
+    begins, length = _longer(begins, length, run_8, 8)
+    begins, length = _longer(begins, length, run_4, 4)
+    begins, length = _longer(begins, length, run_2, 2)
+    begins, length = _longer(begins, length, empty, 1)
+    # A single set bit is a power of two, whose fp32 exponent is its place.
+    lowest = (begins & ((begins ^ ALL_SECTORS) + 1)).to(tl.float32).to(tl.int32, bitcast=True)
+    first = ((lowest >> 23) - 127).to(tl.float32)
+    length = length.to(tl.float32)
+    gap_at_cut = (TAU - (stop - start)) * (NUM_SECTORS / TAU)
+    middle = (first + 0.5 * (length + NUM_SECTORS)) * (TAU / NUM_SECTORS) - PI
+    return tl.where(gap_at_cut < length, middle, 0.0)
+
+
+@triton.jit
+def _longer(begins, length, runs, LENGTH: tl.constexpr):
+    """Keeps the begins whose run goes on for LENGTH more sectors, where there are any."""
+    longer = begins & _rotated(runs, length)
+    found = longer != 0
+    return tl.where(found, longer, begins), tl.where(found, length + LENGTH, length)

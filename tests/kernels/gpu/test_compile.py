@@ -1,0 +1,50 @@
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from polarcache.kernels import BlockShape, Profile  # noqa: E402
+from polarcache.kernels.codec import Codec  # noqa: E402
+from polarcache.kernels.gpu import sides  # noqa: E402
+from polarcache.kernels.gpu.launch import Plan  # noqa: E402
+
+HALF = BlockShape(128, 8, 128, 128, "half", 128)
+CASES = [
+    ("k=pair:r4t4,v=int4", HALF, "fp16"),
+    ("k=pair:r3t3:minmax:g32,v=int2", HALF, "bf16"),
+    ("k=pair:r2t3:g64,v=int4:g16", BlockShape(128, 2, 80, 96, "interleaved", 80), "fp16"),
+]
+POINTERS = {"out_ptr": "*u8", "packed_ptr": "*u8", "flags_ptr": "*i32"}
+
+
+def compiled(kernel: Any, plan: Plan, dtype: str, capability: int) -> Any:
+    """Compiles as a launch with aligned tensors and no slots would."""
+    signature, constants, attributes = {}, dict(plan.constants) | {"slots_ptr": None}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = POINTERS.get(name, f"*{dtype}" if name.endswith("_ptr") else "i64")
+        attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(
+        kernel, signature, {n: constants[n] for n in kernel.arg_names if n in constants}, attributes
+    )
+    options = {"num_warps": plan.num_warps}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.parametrize("capability", [80, 90], ids=["sm80", "sm90"])
+@pytest.mark.parametrize(("text", "shape", "dtype"), CASES, ids=[case[0] for case in CASES])
+def test_kernels_compile_without_a_gpu(
+    text: str, shape: BlockShape, dtype: str, capability: int
+) -> None:
+    codec = Codec(Profile.parse(text), shape, torch.float16)
+    plan = Plan.of(codec.profile, shape, codec.layout)
+    assert plan is not None
+    for kernel in (sides.encode_kernel, sides.decode_kernel):
+        assert compiled(kernel, plan, dtype, capability).asm["cubin"]
