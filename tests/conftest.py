@@ -19,6 +19,8 @@ from polarcache.cache_service.embedded_redis import redis_server_path
 from polarcache.client import Client, KvLayout, NamespaceSpec
 
 START_TIMEOUT_S = 60.0
+# TEST_DEVICE=cuda runs the services of the tests on a GPU.
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
@@ -47,7 +49,7 @@ class ServiceProcess:
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [
-                    sys.executable, "-m", "polarcache.cli", "serve", "--device", "cpu",
+                    sys.executable, "-m", "polarcache.cli", "serve", "--device", DEVICE,
                     "--port", "0", "--port-file", str(self._port_file),
                     "--state-dir", str(self.directory / "state"), *self._flags,
                 ],
