@@ -36,9 +36,10 @@ PROFILES = [
     "exact",
     "k=pair:r4t4:minmax,v=int4",
     "k=pair:r4t4,v=int4",
-    "k=pair:r3t3:minmax,v=int4",
-    "k=pair:r3t3,v=int2",
+    "k=polar:r3t5,v=polar:r3t5",
+    "k=pair:tiers6,v=polar:r2t4",
     "k=recursive,v=recursive",
+    "k=recursive:deep,v=recursive:deep",
 ]
 FULL = {"tokens": 5120, "records": 48, "continuation_tokens": 1024, "profiles": PROFILES}
 QUICK = {
