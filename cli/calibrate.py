@@ -50,12 +50,18 @@ def calibrate(
     result in a profile, such as k=pair:tiers8:cal<digits>,v=polar.
     """
     from polarcache.kernels import CodecError
-    from polarcache.kernels.calibration import Calibration
 
     try:
+        from polarcache.kernels.calibration import Calibration
+
         model = _load(model_folder, device)
         documents_ids = _documents(model_folder, source, context, documents)
         energies, head_dim = query_energies(model, documents_ids, pairing)
+    except ModuleNotFoundError as error:
+        raise click.ClickException(
+            f"polarcache calibrate needs the package {error.name}: "
+            "pip install 'polarcache[cli,transformers]'"
+        ) from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise click.ClickException(f"{model_folder}: {error}") from error
     origin = f"{model_folder.name} on {len(documents_ids)} x {context} tokens of {source.name}"

@@ -18,7 +18,7 @@ BALANCE_ONE = 128
 GAIN_STEPS = 32
 GAIN_ZERO = 255
 _LEAST_ENERGY = 2.0**-20
-# Where queries are unknown: E|q_j|^2 grows like this power of E|k_j|^2. The slope measured on four
+# Where queries are unknown: E|q_j|^2 grows like this power of E|k_j|^2. The slope measured on three
 # small models of three architectures was 0.4 to 0.9 in most heads.
 _QUERY_POWER = 0.5
 
