@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from polarcache.kernels.calibration import Calibration
@@ -99,7 +100,11 @@ class BlockCodec:
                 check_packed(self.packed, self._dtype, slices)
             except KernelNonFiniteError as error:
                 raise NonFiniteError(f"layer {first_layer} and following: {error}") from error
-            out.copy_(slices)
+            if out.is_cuda:
+                out.copy_(slices)
+            else:
+                # NumPy's copy reads what the check has just brought into the cache.
+                np.copyto(out.numpy(), slices.numpy())
         if out.is_cuda:
             torch.cuda.current_stream().synchronize()
 
