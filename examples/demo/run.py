@@ -193,7 +193,7 @@ def main() -> int:
     # Ends the service and its Redis too, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options.output.mkdir(parents=True, exist_ok=True)
-    console = Console(width=max(120, Console().width))
+    console = Console(width=max(132, Console().width))
     start_s = time.monotonic()
     scale = QUICK if options.quick else FULL
     results = run(console, options.output, scale)
