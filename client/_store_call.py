@@ -111,19 +111,24 @@ class StoreCall:
             else:
                 spans.append(pb.Span(block_index=block_index, first_layer=layer, num_layers=1))
                 parts.append(list(piece))
+        self._sent_bytes += sum(len(part) for span_parts in parts for part in span_parts)
+        if self._uses_slots:
+            return self._fill_slot(spans, parts)
         for span, span_parts in zip(spans, parts, strict=True):
             span.checksum = checksum(*span_parts)
         payload = [part for span_parts in parts for part in span_parts]
-        length = sum(len(part) for part in payload)
-        self._sent_bytes += length
-        if not self._uses_slots:
-            return join_frame(pb.StoreRequest(spans=spans), payload)
+        return join_frame(pb.StoreRequest(spans=spans), payload)
+
+    def _fill_slot(self, spans: list[pb.Span], parts: list[list[Buffer]]) -> bytes:
+        """Copies each span's parts while the checksum has them in the cache."""
         slot = self.free_slots.pop()
         end = 0
-        for part in payload:
-            slot.view[end : end + len(part)] = part
-            end += len(part)
-        where = pb.RegionRange(offset=slot.where.offset, length=length)
+        for span, span_parts in zip(spans, parts, strict=True):
+            span.checksum = checksum(*span_parts)
+            for part in span_parts:
+                slot.view[end : end + len(part)] = part
+                end += len(part)
+        where = pb.RegionRange(offset=slot.where.offset, length=end)
         return pb.StoreRequest(spans=spans, region=where).SerializeToString()
 
     @staticmethod
