@@ -94,10 +94,8 @@ class StoreSession:
                 )
             blocks = [(self._block_keys[i], self._pages[i]) for i in sorted(self._pages)]
             self._pages = {}
-        raw_block_bytes = (
-            self._namespace.spec.layout.raw_slice_bytes * self._namespace.spec.layout.num_layers
-        )
-        self._counters.add("stored_raw_bytes_total", raw_block_bytes * len(blocks))
+        raw_bytes = self._namespace.spec.layout.raw_block_bytes * len(blocks)
+        self._counters.add("stored_raw_bytes_total", raw_bytes)
         return self._store.publish(self._namespace, blocks, durable=durable)
 
     def close(self) -> None:

@@ -105,11 +105,13 @@ class StoreTransfer:
     ) -> None:
         self._store = store
         self._namespace = namespace
-        self._keys = keys
+        self._num_blocks = len(keys)
         self._durable = begin.durable
         self._counters = counters
         packed = _is_packed(begin.format)
         wanted = store.absent(namespace, keys)
+        absent = set(wanted)
+        self._present_keys = [key for i, key in enumerate(keys) if i not in absent]
         self.ready = pb.StoreResponse(ready=pb.StoreReady(wanted=wanted)).SerializeToString()
         self._session = StoreSession(
             store, namespace, keys, wanted, packed=packed, counters=counters
@@ -131,10 +133,10 @@ class StoreTransfer:
             PolarCacheError: A block is not whole, or Redis did not confirm.
         """
         num_stored = self._session.publish(durable=self._durable)
-        if self._durable:
-            self._store.persist(self._namespace, self._keys)
+        if self._durable and self._present_keys:
+            self._store.persist(self._namespace, self._present_keys)
         self._committed = True
-        num_present = len(self._keys) - num_stored
+        num_present = self._num_blocks - num_stored
         self._counters.add("stored_present_blocks_total", num_present)
         result = pb.StoreResult(num_stored=num_stored, num_present=num_present)
         return pb.StoreResponse(result=result).SerializeToString()

@@ -20,14 +20,12 @@ __all__ = [
     "Retrieved",
     "RetrievedPacked",
     "StoreResult",
-    "TensorOrBuffer",
     "Tier",
 ]
 
 Tier = Literal["memory", "redis"]
 PackWhere = Literal["service", "worker"]
 LayerTensors = tuple["torch.Tensor", "torch.Tensor"]
-TensorOrBuffer = "torch.Tensor | Buffer"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,7 @@ class Namespace:
     @property
     def raw_block_bytes(self) -> int:
         """Bytes of one block in the namespace's dtype."""
-        return self.spec.layout.raw_slice_bytes * self.spec.layout.num_layers
+        return self.spec.layout.raw_block_bytes
 
     @property
     def packed_block_bytes(self) -> int:

@@ -93,6 +93,11 @@ class KvLayout:
         """Bytes of one RAW slice: one layer of one block, keys then values."""
         return self.raw_key_bytes + self.raw_value_bytes
 
+    @property
+    def raw_block_bytes(self) -> int:
+        """Bytes of one RAW block: its slices, layer after layer."""
+        return self.raw_slice_bytes * self.num_layers
+
     def to_proto(self) -> pb.Geometry:
         """The message form."""
         return pb.Geometry(
