@@ -1,0 +1,105 @@
+"""Attention of queries over a stored prefix, straight from its packed pages."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from polarcache.kernels.attention import plain
+from polarcache.kernels.attention.batch import PrefixBatch
+from polarcache.kernels.attention.options import AttentionOptions
+from polarcache.kernels.codec import Codec
+from polarcache.kernels.errors import ShapeError
+
+__all__ = ["PrefixAttention"]
+
+_QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class PrefixAttention:
+    """Attention over packed pages of one codec; holds no buffers, thread-safe.
+
+    Attributes:
+        codec: the codec of the pages.
+        query_heads: query heads, a multiple of the codec's KV heads.
+        options: how scores become weights.
+    """
+
+    def __init__(
+        self, codec: Codec, query_heads: int, options: AttentionOptions | None = None
+    ) -> None:
+        """Chooses how to compute.
+
+        Args:
+            codec: the codec of the pages.
+            query_heads: query heads; query head h reads KV head h // (query_heads / KV heads).
+            options: how scores become weights; None means the defaults.
+
+        Raises:
+            ShapeError: query_heads is no multiple of the codec's KV heads.
+        """
+        if query_heads < 1 or query_heads % codec.shape.kv_heads:
+            raise ShapeError(
+                f"query_heads {query_heads}: expected a multiple of {codec.shape.kv_heads} KV heads"
+            )
+        self.codec = codec
+        self.query_heads = query_heads
+        self.options = options or AttentionOptions()
+
+    def workspace_bytes(self, num_queries: int, num_sequences: int, max_pages: int) -> int:
+        """Returns the bytes of scratch memory that a call of at most these sizes needs.
+
+        Args:
+            num_queries: query rows of all sequences.
+            num_sequences: sequences.
+            max_pages: columns of the page table.
+        """
+        del num_queries, num_sequences, max_pages
+        return 0
+
+    def __call__(
+        self,
+        query: Tensor,
+        batch: PrefixBatch,
+        out: Tensor,
+        lse: Tensor,
+        workspace: Tensor | None = None,
+    ) -> None:
+        """Writes attention of each query row over its sequence's stored tokens.
+
+        On a GPU with a kernel for the codec, the call never waits for the device and can be
+        captured in a CUDA graph.
+
+        Args:
+            query: [num_queries, Hq, D] contiguous; fp16, bf16 or fp32, RoPE applied.
+            batch: what to attend to, on the device of `query`.
+            out: fp32 [num_queries, Hq, Dv] contiguous; every element is written.
+            lse: fp32 [num_queries, Hq] contiguous: natural logarithm of the sum of exp of the
+                scores; -inf, with `out` 0, where a row sees no token.
+            workspace: uint8, at least `workspace_bytes` long, on the device of `query`; its
+                contents are free between calls. None where 0 bytes are needed.
+
+        Raises:
+            ShapeError: a tensor differs from the above.
+        """
+        self._check(query, batch, out, lse)
+        if query.shape[0]:
+            plain.attend(self.codec, query, batch, self.options, out, lse)
+
+    def _check(self, query: Tensor, batch: PrefixBatch, out: Tensor, lse: Tensor) -> None:
+        shape = self.codec.shape
+        rows = query.shape[0]
+        if query.dtype not in _QUERY_DTYPES:
+            raise ShapeError(f"query {query.dtype}: expected float16, bfloat16 or float32")
+        for name, tensor, size in (
+            ("query", query, (rows, self.query_heads, shape.head_dim)),
+            ("out", out, (rows, self.query_heads, shape.v_head_dim)),
+            ("lse", lse, (rows, self.query_heads)),
+        ):
+            if tuple(tensor.shape) != size or not tensor.is_contiguous():
+                raise ShapeError(f"{name} {tuple(tensor.shape)}: expected contiguous {size}")
+            if tensor.device != batch.memory.device:
+                raise ShapeError(f"{name} on {tensor.device}: expected {batch.memory.device}")
+        if out.dtype != torch.float32 or lse.dtype != torch.float32:
+            raise ShapeError(f"out {out.dtype}, lse {lse.dtype}: expected float32")
+        batch.check(rows, window=bool(self.options.window))
