@@ -22,7 +22,7 @@ from polarcache.kernels.profile import (
     ValueCodec,
 )
 
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 ALIGNMENT_BYTES = 16
 # Tokens of a tile, and threads of a warp: rows and lanes of the tensor cores' m16n8k16 product.
 TILE_TOKENS = 16
@@ -279,9 +279,13 @@ def _arc_specs(codec: ArcPair, shape: BlockShape) -> list[_Spec]:
     specs: list[_Spec] = []
     if codec.tiers:
         specs.append(("order", "code", (heads, pairs), 8, Order((heads, pairs), (0, 1))))
-    for index, (count, radius_bits, angle_bits) in enumerate(codec.classes(pairs)):
-        specs.append(_rows_spec(f"radius{index}", tokens, heads, count, radius_bits))
-        specs.append(_rows_spec(f"angle{index}", tokens, heads, count, angle_bits))
+        for index, (count, radius_bits, angle_bits) in enumerate(codec.classes(pairs)):
+            specs.append(_rows_spec(f"radius{index}", tokens, heads, count, radius_bits))
+            specs.append(_rows_spec(f"angle{index}", tokens, heads, count, angle_bits))
+    else:
+        codes = (tokens, heads, pairs)
+        bits = codec.radius_bits + codec.angle_bits
+        specs.append(("codes", "code", codes, bits, key_pair_order(*codes)))
     size = (tokens // codec.group_tokens, 2, heads, pairs)
     order = Order(size, (2, 0, 1, 3))
     return [*specs, ("arcs", "code", size, 8, order), ("radii", "float16", size, 16, order)]

@@ -31,10 +31,12 @@ def encode(
     numbers: dict[str, Tensor] = {}
     if isinstance(codec, ArcPair):
         coded = arcs.encode(x, codec, shape, query)
-        if coded.order is not None:
+        if coded.order is None:
+            numbers["codes"] = (coded.radius[0] << codec.angle_bits) | coded.angle[0]
+        else:
             numbers["order"] = coded.order
-        for index, (radius, angle) in enumerate(zip(coded.radius, coded.angle, strict=True)):
-            numbers[f"radius{index}"], numbers[f"angle{index}"] = radius, angle
+            for index, (radius, angle) in enumerate(zip(coded.radius, coded.angle, strict=True)):
+                numbers[f"radius{index}"], numbers[f"angle{index}"] = radius, angle
         numbers["arcs"], numbers["radii"] = coded.arcs, coded.radii
         return numbers
     scales: list[Tensor] = []
@@ -73,11 +75,18 @@ def decode(
 ) -> None:
     """Decodes one side from the numbers of its fields into fp16, bf16 or fp32 [N, T, Hkv, D]."""
     if isinstance(codec, ArcPair):
-        classes = range(len(codec.classes(shape.pairs)))
+        if codec.tiers:
+            classes = range(len(codec.classes(shape.pairs)))
+            radius = tuple(numbers[f"radius{index}"] for index in classes)
+            angle = tuple(numbers[f"angle{index}"] for index in classes)
+        else:
+            codes = numbers["codes"]
+            radius = (codes >> codec.angle_bits,)
+            angle = (codes & ((1 << codec.angle_bits) - 1),)
         coded = arcs.Codes(
             order=numbers.get("order"),
-            radius=tuple(numbers[f"radius{index}"] for index in classes),
-            angle=tuple(numbers[f"angle{index}"] for index in classes),
+            radius=radius,
+            angle=angle,
             arcs=numbers["arcs"],
             radii=numbers["radii"],
         )
