@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +35,9 @@ class PrefixBatch:
         max_rows: at least the most query rows of one sequence; sizes the launch.
         positions: int32 [num_queries], position of each query in its sequence; needed with a
             window, else None.
+        known_lengths: `lengths` as the caller knows them without asking the device, to share the
+            work out by; None means that sequences are about as long as the table is wide. Any
+            numbers give right results.
     """
 
     memory: Tensor
@@ -43,6 +47,7 @@ class PrefixBatch:
     query_starts: Tensor
     max_rows: int
     positions: Tensor | None = None
+    known_lengths: Sequence[int] | None = None
 
     @property
     def num_sequences(self) -> int:

@@ -1,0 +1,1 @@
+"""The fast form for Hopper: CUDA C++ compiled at run time."""

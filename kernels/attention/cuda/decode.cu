@@ -1,0 +1,751 @@
+// Attention of queries over packed pages: pair keys, int4 values, for GPUs with bulk copies (sm_90).
+//
+// A warp streams groups of 128 tokens of one KV head. Scores are S^T = K q^T and the output is
+// O^T = V^T P^T, so K and V go from packed bytes to the registers of the tensor cores' first factor,
+// and the columns of the second factor are query heads. README.md explains every step.
+//
+// Given by the compiler's command line: HEAD_DIM, V_HEAD_DIM (64 or 128), RADIUS_BITS, ANGLE_BITS,
+// ARCS (1: arcs of 2 pi / 2^m and one phase table), ROTARY, INTERLEAVED, PAGE_GROUPS (groups of a
+// page), QUERY (0 fp16, 1 bf16, 2 fp32), SOFT_CAP (0 or 1), COLUMN_TILES, WARPS, SLOTS, SLOT_TILES.
+#include "ptx.cuh"
+
+namespace {
+
+constexpr int kTile = 16;                             // tokens of a tile
+constexpr int kGroup = 128;                           // tokens of a group
+constexpr int kTiles = kGroup / kTile;                // tiles of a group
+constexpr int kSteps = HEAD_DIM / 16;                 // steps of 8 pairs
+constexpr int kUnitTiles = 8 / kSteps;                // tiles whose codes fill whole words
+constexpr int kWords = RADIUS_BITS + ANGLE_BITS;      // words of a lane in a unit
+constexpr int kRows = V_HEAD_DIM / 16;                // value channels, in blocks of 16
+constexpr int kColumns = 8 * COLUMN_TILES;            // query columns of a thread block
+constexpr int kThreads = 32 * WARPS;
+constexpr int kKeyTile = kWords * 128 / kUnitTiles;   // bytes
+constexpr int kValueTile = kRows * 128;
+constexpr int kSlot = SLOT_TILES * (kKeyTile + kValueTile);
+constexpr int kPairs = HEAD_DIM / 2;
+constexpr int kKeyHead = ARCS ? 6 * kPairs : 8 * kPairs;  // parameters of one head and group
+constexpr int kDerived = ARCS ? 8 * kPairs : 6 * kPairs;
+constexpr int kValueHead = 4 * kGroup;
+// Bytes of the phase table: one a warp of 2^ANGLE_BITS entries a pair, or one for all warps.
+constexpr int kPairTable = 4 << ANGLE_BITS;
+constexpr int kTable = ARCS ? 65536 : WARPS * kPairs * kPairTable;
+constexpr int kStagingRow = V_HEAD_DIM + 4;  // floats; the pad spreads a warp over all banks
+constexpr int kStaging = WARPS * kColumns * kStagingRow * 4;
+constexpr int kMerged = kColumns * (V_HEAD_DIM + 2) * 4;  // a block's sums, maxima and totals
+constexpr int kRing = WARPS * SLOTS * kSlot;
+constexpr int kStreams = kTable + kRing > kStaging + kMerged ? kTable + kRing : kStaging + kMerged;
+
+// Offsets in shared memory.
+constexpr int kRingAt = kTable;
+constexpr int kKeyHeadAt = kStreams;
+constexpr int kDerivedAt = kKeyHeadAt + WARPS * kKeyHead;
+constexpr int kValueHeadAt = kDerivedAt + WARPS * kDerived;
+constexpr int kQueryAt = kValueHeadAt + WARPS * 2 * kValueHead;
+constexpr int kQueryBytes = COLUMN_TILES * kSteps * 2 * 32 * (ARCS ? 8 : 4);
+constexpr int kBarrierAt = kQueryAt + kQueryBytes;
+constexpr int kStateAt = kBarrierAt + WARPS * (SLOTS + 1) * 8;
+constexpr int kShared = kStateAt + WARPS * kColumns * 8;
+
+// A partial row in the workspace: sums of channels, then maximum and total.
+constexpr int kPartialRow = V_HEAD_DIM + 2;
+
+static_assert(SLOT_TILES % kUnitTiles == 0 && kTiles % (SLOTS * SLOT_TILES) == 0);
+static_assert(kShared <= 227 * 1024, "shared memory of a thread block");
+static_assert(ANGLE_BITS == 3 || ANGLE_BITS == 4, "the radius must become fp16 by one product");
+static_assert(kWords == 8 || kWords == 6, "whole codes");
+
+constexpr float kNever = -1e30f;
+constexpr float kLog2 = 0.6931471805599453f;
+// The running maximum trails the true one by at most 2^kSlack, so weights stay below 2^kSlack.
+constexpr float kSlack = 4.f;
+// Radius codes count in units of 1/16 of a stored step.
+constexpr float kRadiusUnit = 16.f;
+constexpr uint32_t kAngleMask = (((1u << ANGLE_BITS) - 1) << 2) * 0x01010101u;
+constexpr uint32_t kRadiusMask = (((1u << RADIUS_BITS) - 1) << (ANGLE_BITS + 2)) * 0x00010001u;
+// A masked radius code is a denormal of 2^(ANGLE_BITS + 2 - 24); times this fp16 it counts in 16ths.
+constexpr uint32_t kRadiusScale = ((15u + 22 - ANGLE_BITS - 4) << 10) * 0x00010001u;
+
+}  // namespace
+
+// What a thread block does: one split of one part, a KV head and column tile, of one sequence.
+struct Work {
+  int sequence, length, first_row, rows, part, split, splits, first_block;
+};
+
+__device__ __forceinline__ int splits_of(int length, int chunk) {
+  const int groups = (length + kGroup - 1) / kGroup;
+  return max(1, (groups + chunk - 1) / chunk);
+}
+
+// Sequences of about one length: as many blocks for each, known before any length is.
+__device__ __forceinline__ void share_evenly(const int* lengths, const int* query_starts, int parts,
+                                             int splits, Work& work) {
+  const int unit = blockIdx.x / splits;
+  work.sequence = unit / parts;
+  work.part = unit % parts;
+  work.split = blockIdx.x % splits;
+  work.splits = splits;
+  work.first_block = unit * splits;
+  work.length = __ldg(lengths + work.sequence);
+  work.first_row = __ldg(query_starts + work.sequence);
+  work.rows = __ldg(query_starts + work.sequence + 1) - work.first_row;
+}
+
+// Deals the grid's blocks to sequences in proportion to their groups: the smallest chunk of groups a
+// block with which no more blocks are needed than there are. Every warp computes the same.
+__device__ __forceinline__ bool deal(const int* lengths, const int* query_starts, int sequences,
+                                     int parts, int max_groups, Work& work) {
+  const int lane = threadIdx.x & 31, budget = gridDim.x / parts;
+  const int own = lane < sequences ? __ldg(lengths + lane) : -1;
+  const int own_start = lane < sequences ? __ldg(query_starts + lane) : 0;
+  const int own_stop = lane < sequences ? __ldg(query_starts + lane + 1) : 0;
+  const auto needed = [&](int chunk) {
+    int splits = own >= 0 ? splits_of(own, chunk) : 0;
+    for (int i = lane + 32; i < sequences; i += 32) splits += splits_of(__ldg(lengths + i), chunk);
+    return __reduce_add_sync(~0u, splits);
+  };
+  int low = (needed(1) + budget - 1) / budget, high = max(low, max_groups);
+  if (needed(low) > budget) {
+    while (low < high) {
+      const int chunk = (low + high) / 2;
+      if (needed(chunk) <= budget) high = chunk;
+      else low = chunk + 1;
+    }
+  }
+  const int block = blockIdx.x;
+  int before = 0;
+  for (int base = 0; base < sequences; base += 32) {
+    const int i = base + lane;
+    const int length = base == 0 ? own : i < sequences ? __ldg(lengths + i) : -1;
+    const int splits = length >= 0 ? splits_of(length, low) : 0;
+    int end = splits * parts;
+    for (int d = 1; d < 32; d *= 2) {
+      const int other = __shfl_up_sync(~0u, end, d);
+      if (lane >= d) end += other;
+    }
+    end += before;
+    const uint32_t beyond = __ballot_sync(~0u, end > block);
+    if (beyond) {
+      const int source = __ffs(beyond) - 1;
+      work.sequence = base + source;
+      work.length = __shfl_sync(~0u, length, source);
+      work.splits = __shfl_sync(~0u, splits, source);
+      work.first_row = base == 0 ? __shfl_sync(~0u, own_start, source)
+                                 : __ldg(query_starts + work.sequence);
+      work.rows = (base == 0 ? __shfl_sync(~0u, own_stop, source)
+                             : __ldg(query_starts + work.sequence + 1)) - work.first_row;
+      const int start = __shfl_sync(~0u, end, source) - work.splits * parts;
+      work.part = (block - start) / work.splits;
+      work.split = (block - start) % work.splits;
+      work.first_block = start + work.part * work.splits;
+      return true;
+    }
+    before = __shfl_sync(~0u, end, 31);
+  }
+  return false;
+}
+
+__device__ __forceinline__ float log_sum(float highest, float total) {
+  return total > 0.f ? highest + __log2f(total) : __int_as_float(0xff800000);
+}
+
+template <typename T>
+__device__ __forceinline__ T read(const uint8_t* p) { return *reinterpret_cast<const T*>(p); }
+template <typename T>
+__device__ __forceinline__ void write(uint8_t* p, T x) { *reinterpret_cast<T*>(p) = x; }
+
+__device__ __forceinline__ float query_element(const void* query, size_t index) {
+#if QUERY == 2
+  return __ldg(static_cast<const float*>(query) + index);
+#else
+  const uint32_t x = __ldg(static_cast<const unsigned short*>(query) + index);
+  return QUERY == 1 ? __uint_as_float(x << 16) : low_half(x);
+#endif
+}
+
+// Channels of pair p of a head.
+__device__ __forceinline__ int2 channels_of(int p) {
+#if INTERLEAVED
+  return make_int2(2 * p, 2 * p + 1);
+#else
+  if (p < ROTARY / 2) return make_int2(p, p + ROTARY / 2);
+  const int i = p - ROTARY / 2;
+  return make_int2(ROTARY + i, ROTARY + i + (HEAD_DIM - ROTARY) / 2);
+#endif
+}
+
+// How a radius comes from its code: (code / 16 + x) y, x a number of fp16. The code of zero gives
+// minimum + step / 2 exactly; what rounding x would change there is put into the step.
+struct Radius {
+  uint32_t x;
+  float y;
+};
+
+// A step far below the minimum is raised to 2^-14 of it, so that the quotient is a number of fp16: a
+// radius moves by less than one rounding of fp16.
+__device__ __forceinline__ Radius radius_of(float minimum, float step) {
+  step = fmaxf(step, minimum * 6.103515625e-05f);
+  const float least = fmaf(0.5f, step, minimum);
+  const uint32_t x = pack_half2(step > 0.f ? __fdividef(least, step * kRadiusUnit) : 1.f, 0.f);
+  return {x, __fdividef(least, low_half(x))};
+}
+
+// Turns the parameters of a group into what its tiles need, for pair 8k + 4e + t, times `scale`:
+// radius x at [t][k][e]; for arcs the class of the width and y / 16 times cosine and sine of the start
+// in the same order; else y at [column][k], column 4e + t.
+__device__ __forceinline__ void derive(const uint8_t* parameters, uint8_t* derived, float scale,
+                                       int lane) {
+  if (lane >= kPairs / 2) return;
+  const int column = 2 * lane / kSteps, k = 2 * lane % kSteps;
+  const int at = (column & 3) * 2 * kSteps + 2 * k + (column >> 2);
+  const uint32_t minima = read<uint32_t>(parameters + 2 * kPairs * ARCS + 4 * lane);
+  const uint32_t steps = read<uint32_t>(parameters + 2 * kPairs * (ARCS + 1) + 4 * lane);
+  const Radius first = radius_of(low_half(minima), low_half(steps));
+  const Radius second = radius_of(high_half(minima), high_half(steps));
+#if ARCS
+  const uint32_t arcs = read<uint32_t>(parameters + 4 * lane);
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const uint32_t arc = i ? arcs >> 16 : arcs & 0xFFFFu;
+    const Radius radius = i ? second : first;
+    const float start = (arc >> 4) * (6.283185307179586f / 4096.f);
+    const float y = radius.y * (scale / kRadiusUnit);
+    const uint32_t wide = min(arc & 15u, 8u);
+    write(derived + 4 * (at + 2 * i), pack_half2(y * __cosf(start), y * __sinf(start)));
+    write(derived + 4 * kPairs + 2 * (at + 2 * i), static_cast<unsigned short>(radius.x));
+    write(derived + 6 * kPairs + 2 * (at + 2 * i),
+          static_cast<unsigned short>(((wide & 3) | (wide >> 2) << 6) * 0x0101));
+  }
+#else
+  write(derived + 2 * at, static_cast<unsigned short>(first.x));
+  write(derived + 2 * at + 4, static_cast<unsigned short>(second.x));
+  write(derived + 2 * kPairs + 8 * lane, make_float2(first.y * scale, second.y * scale));
+#endif
+}
+
+#if !ARCS
+// Writes the warp's phase table: radius y times cosine and sine of every angle of every pair.
+__device__ __forceinline__ void fill_table(uint8_t* table, const uint8_t* parameters,
+                                           const uint8_t* derived, int lane) {
+  constexpr int kEach = (1 << ANGLE_BITS) / 4;  // entries of a lane in a pair
+  const int column = lane >> 2, first = (lane & 3) * kEach;
+#pragma unroll
+  for (int k4 = 0; k4 < kSteps; k4 += 4) {
+    const int at = column * kSteps + k4;
+    const uint2 zeros = read<uint2>(parameters + 4 * kPairs + 2 * at);
+    const uint2 steps = read<uint2>(parameters + 6 * kPairs + 2 * at);
+    const float4 radii = read<float4>(derived + 2 * kPairs + 4 * at);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const uint32_t zero = k < 2 ? zeros.x : zeros.y, step = k < 2 ? steps.x : steps.y;
+      const float turn = k % 2 ? high_half(step) : low_half(step);
+      const float base = fmaf(first + 0.5f, turn, k % 2 ? high_half(zero) : low_half(zero));
+      const float radius = k == 0 ? radii.x : k == 1 ? radii.y : k == 2 ? radii.z : radii.w;
+      uint32_t entry[kEach];
+#pragma unroll
+      for (int i = 0; i < kEach; i++) {
+        const float angle = fmaf(static_cast<float>(i), turn, base);
+        entry[i] = pack_half2(radius * __cosf(angle), radius * __sinf(angle));
+      }
+      uint8_t* target = table + (k4 + k) * 8 * kPairTable + lane * 4 * kEach;
+      if constexpr (kEach == 4) write(target, make_uint4(entry[0], entry[1], entry[2], entry[3]));
+      else write(target, make_uint2(entry[0], entry[1]));
+    }
+  }
+}
+#endif
+
+// The four codes of one step, each times 4 in its byte; bits outside the code are of no meaning.
+__device__ __forceinline__ uint32_t codes_of(const uint32_t* words, int step) {
+  if constexpr (kWords == 8) {
+    return words[step];
+  } else {
+    const uint32_t* w = words + step / 4 * 3;
+    if (step % 4 == 0) return w[0];
+    if (step % 4 == 1) return choose<0x0C0C0C0Cu>(rotate_right(w[0], 6), w[1] << 2);
+    if (step % 4 == 2) return choose<0x3C3C3C3Cu>(rotate_right(w[1], 4), w[2] << 4);
+    return rotate_right(w[2], 2);
+  }
+}
+
+// Hands a number to another block of the grid. It travels with the launch's mark in one 8-byte store,
+// so neither a fence nor a counter is needed. Who takes it takes the mark away: a graph replays it.
+__device__ __forceinline__ void post(uint2* place, float x, uint32_t mark) {
+  store_relaxed(place, make_uint2(__float_as_uint(x), mark));
+}
+
+// Takes `count` numbers, `stride` places apart, all asked for at once; waits until each is there.
+template <int most>
+__device__ __forceinline__ void take(uint2* places, int stride, int count, uint32_t mark,
+                                     float (&x)[most]) {
+  uint2 got[most];
+#pragma unroll
+  for (int j = 0; j < most; j++) if (j < count) got[j] = load_relaxed(places + j * stride);
+#pragma unroll
+  for (int j = 0; j < most; j++) {
+    if (j < count) {
+      while (got[j].y != mark) got[j] = load_relaxed(places + j * stride);
+      x[j] = __uint_as_float(got[j].x);
+      store_relaxed(places + j * stride, make_uint2(0u, 0u));
+    }
+  }
+}
+
+// Dynamic shared memory of a launch, for whoever launches.
+extern "C" __device__ const int shared_bytes = kShared;
+
+extern "C" __global__ void __launch_bounds__(kThreads, 1)
+attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
+       const int* __restrict__ page_table, const int* __restrict__ lengths,
+       const int* __restrict__ query_starts, float* __restrict__ out, float* __restrict__ lse,
+       uint2* __restrict__ partial, long long key_codes, long long key_parameters, long long key_radii, long long value_codes,
+       long long value_parameters, int sequences, int max_pages, int query_heads, int kv_heads,
+       int column_tiles, int even_splits, float scale, float soft_cap, uint32_t mark) {
+  extern __shared__ __align__(1024) uint8_t shared[];
+  // A shuffle, so that the compiler knows that a warp agrees on it.
+  const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
+  const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  Work work;
+  const int parts = kv_heads * column_tiles;
+  if (even_splits) {
+    share_evenly(lengths, query_starts, parts, even_splits, work);
+  } else if (!deal(lengths, query_starts, sequences, parts, max_pages * PAGE_GROUPS, work)) {
+    return;
+  }
+  const int head = work.part % kv_heads, first_column = work.part / kv_heads * kColumns;
+  const int share = query_heads / kv_heads;
+  const int columns = min(kColumns, work.rows * share - first_column);
+  if (columns <= 0) return;  // so do all blocks of the part
+  const int length = work.length, groups = (length + kGroup - 1) / kGroup;
+  // Row of query, out and lse of a column of this block.
+  const auto row_of = [&](int column) {
+    const int j = first_column + column;
+    return static_cast<size_t>(work.first_row + j / share) * query_heads + head * share + j % share;
+  };
+
+  const size_t head_groups = static_cast<size_t>(head) * PAGE_GROUPS;
+  key_codes += head_groups * kTiles * kKeyTile;
+  value_codes += head_groups * kTiles * kValueTile;
+  value_parameters += head_groups * kValueHead;
+#if ARCS
+  key_parameters += head_groups * 2 * kPairs;
+  key_radii += head_groups * 4 * kPairs;
+#else
+  key_parameters += head_groups * kKeyHead;
+#endif
+  const int* const pages = page_table + static_cast<size_t>(work.sequence) * max_pages;
+  // Page of a group in units of 256 bytes.
+  const auto page_of = [&](int group) {
+    return group < max_pages * PAGE_GROUPS ? static_cast<uint32_t>(__ldg(pages + group / PAGE_GROUPS)) : 0u;
+  };
+
+  const uint32_t base = shared_address(shared);
+  const uint32_t barriers = base + kBarrierAt + warp * (SLOTS + 1) * 8;
+  const uint32_t head_barrier = barriers + SLOTS * 8;
+  const uint32_t ring = base + kRingAt + warp * SLOTS * kSlot;
+  uint8_t* const parameters = shared + kKeyHeadAt + warp * kKeyHead;
+  uint8_t* const derived = shared + kDerivedAt + warp * kDerived;
+  uint8_t* const value_heads = shared + kValueHeadAt + warp * 2 * kValueHead;
+
+  // What one lane asks the copy engine for: the parameters of a group, and tiles of its codes.
+  const auto fetch_head = [&](const uint8_t* page, int group, int buffer) {
+    const int sub = group % PAGE_GROUPS;
+    barrier_expect(head_barrier, kKeyHead + kValueHead);
+    const uint32_t target = base + kKeyHeadAt + warp * kKeyHead;
+#if ARCS
+    bulk_copy(target, page + key_parameters + sub * 2 * kPairs, 2 * kPairs, head_barrier);
+    bulk_copy(target + 2 * kPairs, page + key_radii + sub * 4 * kPairs, 4 * kPairs, head_barrier);
+#else
+    bulk_copy(target, page + key_parameters + sub * kKeyHead, kKeyHead, head_barrier);
+#endif
+    bulk_copy(base + kValueHeadAt + (warp * 2 + buffer) * kValueHead,
+              page + value_parameters + sub * kValueHead, kValueHead, head_barrier);
+  };
+  const auto fetch_tiles = [&](const uint8_t* keys, const uint8_t* values, int slot, int tile) {
+    barrier_expect(barriers + slot * 8, kSlot);
+    bulk_copy(ring + slot * kSlot, keys + tile * kKeyTile, SLOT_TILES * kKeyTile,
+              barriers + slot * 8);
+    bulk_copy(ring + slot * kSlot + SLOT_TILES * kKeyTile, values + tile * kValueTile,
+              SLOT_TILES * kValueTile, barriers + slot * 8);
+  };
+  // First bytes of a group's codes.
+  const auto keys_of = [&](const uint8_t* page, int group) {
+    return page + key_codes + group % PAGE_GROUPS * kTiles * kKeyTile;
+  };
+  const auto values_of = [&](const uint8_t* page, int group) {
+    return page + value_codes + group % PAGE_GROUPS * kTiles * kValueTile;
+  };
+  const auto address_of = [&](uint32_t page) {
+    return memory + static_cast<size_t>(__shfl_sync(~0u, page, 0)) * 256;
+  };
+
+  const int stride = work.splits * WARPS;
+  int group = work.split * WARPS + warp, next = group + stride;
+  const uint32_t first_page = page_of(group);
+  uint32_t next_page = page_of(next);
+
+  // Queries, read early so that their latency hides behind the set-up: entry [tile, step, e, lane] is the
+  // pair 8 step + 4e + t of column 8 tile + g.
+  constexpr int kEntries = COLUMN_TILES * kSteps * 2 * 32;
+  constexpr int kLoads = (kEntries + kThreads - 1) / kThreads;
+  float qx[kLoads], qy[kLoads];
+#pragma unroll
+  for (int j = 0; j < kLoads; j++) {
+    const int i = threadIdx.x + j * kThreads, l = i & 31, step = (i >> 6) % kSteps;
+    const int column = (i >> 6) / kSteps * 8 + (l >> 2);
+    qx[j] = qy[j] = 0.f;
+    if (i < kEntries && column < columns) {
+      const int2 channels = channels_of(step * 8 + ((i >> 5) & 1) * 4 + (l & 3));
+      const size_t row = row_of(column) * HEAD_DIM;
+      qx[j] = query_element(query, row + channels.x);
+      qy[j] = query_element(query, row + channels.y);
+    }
+  }
+
+  if (lane == 0) {
+    for (int i = 0; i <= SLOTS; i++) barrier_init(barriers + i * 8);
+    barriers_visible();
+  }
+  __syncwarp();
+  const uint8_t* page = address_of(first_page);
+  if (group < groups && elect()) {
+    fetch_head(page, group, 0);
+    for (int i = 0; i < SLOTS; i++)
+      fetch_tiles(keys_of(page, group), values_of(page, group), i, i * SLOT_TILES);
+  }
+#pragma unroll
+  for (int j = 0; j < kLoads; j++) {
+    const int i = threadIdx.x + j * kThreads;
+    if (i < kEntries) {
+      const float x = qx[j], y = qy[j];
+#if ARCS
+      write(shared + kQueryAt + 8 * i, make_uint2(pack_half2(x, y), pack_half2(y, -x)));
+#else
+      write(shared + kQueryAt + 4 * i, pack_half2(x, y));
+#endif
+    }
+  }
+#if ARCS
+  // One row of 256 bytes for each byte that a code and its class make, a copy for every lane. A lane
+  // computes one row of its warp, then they hand them round.
+  constexpr int kOwnRows = 256 / WARPS;
+  {
+    const int row = warp * kOwnRows + lane;
+    const int wide = (row & 3) | (row >> 6) << 2, code = (row >> 2) & ((1 << ANGLE_BITS) - 1);
+    // Halvings of pi: exact in the exponent.
+    const float angle = (2 * code + 1) * __uint_as_float(0x40490FDBu - ((wide + ANGLE_BITS) << 23));
+    const uint32_t own = pack_half2(kRadiusUnit * __cosf(angle), kRadiusUnit * __sinf(angle));
+#pragma unroll
+    for (int i = 0; i < kOwnRows; i++)
+      write(shared + (warp * kOwnRows + i) * 256 + lane * 4, __shfl_sync(~0u, own, i));
+  }
+  const uint32_t own_table = lane * 4;
+#else
+  const uint32_t own_table = warp * kPairs * kPairTable;
+  const uint32_t quarter = t * (kPairTable * 0x01010101u);
+#endif
+  // Entry of code j of four, at this step: its byte becomes part of the address.
+  const auto entry = [&](uint32_t codes, int step, int j) {
+#if ARCS
+    return read<uint32_t>(shared + __byte_perm(codes, own_table, 0x7604 | j << 4));
+#else
+    return read<uint32_t>(shared + __byte_perm(codes, own_table, 0x7650 | j) +
+                          (2 * step + j / 2) * 4 * kPairTable);
+#endif
+  };
+  __syncthreads();
+
+  float o[COLUMN_TILES][kRows][4], sums[COLUMN_TILES][4], top[COLUMN_TILES][2], threshold = kNever;
+  uint32_t q[COLUMN_TILES][2 * kSteps];
+#pragma unroll
+  for (int n = 0; n < COLUMN_TILES; n++) {
+    top[n][0] = top[n][1] = 0.f;
+#pragma unroll
+    for (int e = 0; e < 4; e++) sums[n][e] = 0.f;
+#pragma unroll
+    for (int k = 0; k < kRows; k++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) o[n][k][e] = 0.f;
+#if !ARCS
+#pragma unroll
+    for (int i = 0; i < 2 * kSteps; i++)
+      q[n][i] = read<uint32_t>(shared + kQueryAt + 4 * ((n * 2 * kSteps + i) * 32 + lane));
+#endif
+  }
+
+  // Row 0 of the product that sums is ones, row 1 the zero points.
+  const uint32_t ones = g == 0 ? 0x3C003C00u : 0u, zeros_mask = g == 1 ? ~0u : 0u;
+  int turn = 0;
+#pragma unroll 1
+  for (; group < groups; turn ^= 1) {
+    const int after = next + stride;
+    const uint8_t* const coming = address_of(next_page);
+    const uint8_t* const keys_here = keys_of(page, group), *const values_here = values_of(page, group);
+    next_page = page_of(after);
+    const int valid = length - group * kGroup;
+    barrier_wait(head_barrier, turn);
+    derive(parameters, derived, scale, lane);
+    __syncwarp();
+    uint32_t radii[kSteps];  // quotients of pairs 8k + t and 8k + t + 4
+#if ARCS
+    uint32_t classes[kSteps];
+#pragma unroll
+    for (int i = 0; i < kSteps / 4; i++) {
+      const uint4 r = read<uint4>(derived + 4 * kPairs + t * 4 * kSteps + i * 16);
+      const uint4 c = read<uint4>(derived + 6 * kPairs + t * 4 * kSteps + i * 16);
+      radii[4 * i] = r.x, radii[4 * i + 1] = r.y, radii[4 * i + 2] = r.z, radii[4 * i + 3] = r.w;
+      classes[4 * i] = c.x, classes[4 * i + 1] = c.y, classes[4 * i + 2] = c.z, classes[4 * i + 3] = c.w;
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kSteps; i += 4) {
+      const uint4 turns = read<uint4>(derived + t * 8 * kSteps + 4 * i);
+      const uint32_t starts[4] = {turns.x, turns.y, turns.z, turns.w};
+#pragma unroll
+      for (int n = 0; n < COLUMN_TILES; n++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+          const uint2 own =
+              read<uint2>(shared + kQueryAt + 8 * ((n * 2 * kSteps + i + j) * 32 + lane));
+          q[n][i + j] = fma_high(starts[j], own.y, mul_low(starts[j], own.x));
+        }
+    }
+#else
+    fill_table(shared + warp * kPairs * kPairTable, parameters, derived, lane);
+#pragma unroll
+    for (int i = 0; i < kSteps / 4; i++) {
+      const uint4 r = read<uint4>(derived + t * 4 * kSteps + i * 16);
+      radii[4 * i] = r.x, radii[4 * i + 1] = r.y, radii[4 * i + 2] = r.z, radii[4 * i + 3] = r.w;
+    }
+#endif
+    __syncwarp();
+    if (next < groups && elect()) fetch_head(coming, next, turn ^ 1);
+    float start[COLUMN_TILES][4];  // of the scores' accumulators: what is taken off
+#pragma unroll
+    for (int n = 0; n < COLUMN_TILES; n++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) start[n][e] = SOFT_CAP ? 0.f : -top[n][e & 1];
+
+#pragma unroll
+    for (int unit = 0; unit < kTiles / kUnitTiles; unit++) {
+      constexpr int kRounds = kTiles / (SLOTS * SLOT_TILES);
+      uint32_t words[8];
+#pragma unroll
+      for (int within = 0; within < kUnitTiles; within++) {
+        const int tile = unit * kUnitTiles + within, slot = tile / SLOT_TILES % SLOTS;
+        if (tile % SLOT_TILES == 0)
+          barrier_wait(barriers + slot * 8, (tile / SLOT_TILES / SLOTS + (kRounds & 1) * turn) & 1);
+        const uint8_t* const keys = shared + kRingAt + (warp * SLOTS + slot) * kSlot +
+                                    tile % SLOT_TILES * kKeyTile;
+        const uint8_t* const values = shared + kRingAt + (warp * SLOTS + slot) * kSlot +
+                                      SLOT_TILES * kKeyTile + tile % SLOT_TILES * kValueTile;
+        if (within == 0) {
+          const uint4 a = read<uint4>(keys + lane * 16);
+          words[0] = a.x, words[1] = a.y, words[2] = a.z, words[3] = a.w;
+          if constexpr (kWords == 8) {
+            const uint4 b = read<uint4>(keys + 512 + lane * 16);
+            words[4] = b.x, words[5] = b.y, words[6] = b.z, words[7] = b.w;
+          } else {
+            const uint2 b = read<uint2>(keys + 512 + lane * 8);
+            words[4] = b.x, words[5] = b.y;
+          }
+        }
+        uint32_t nibbles[kRows];
+#pragma unroll
+        for (int i = 0; i < kRows / 4; i++) {
+          const uint4 v = read<uint4>(values + i * 512 + lane * 16);
+          nibbles[4 * i] = v.x, nibbles[4 * i + 1] = v.y, nibbles[4 * i + 2] = v.z, nibbles[4 * i + 3] = v.w;
+        }
+        const uint4 weights = read<uint4>(value_heads + turn * kValueHead + tile * 64 + t * 16);
+
+        float s[COLUMN_TILES][4];
+#pragma unroll
+        for (int step = 0; step < kSteps; step++) {
+          const uint32_t x = codes_of(words, within * kSteps + step);
+          const uint32_t first =
+              fma_half2(x & kRadiusMask, kRadiusScale, radii[step]);
+          const uint32_t second =
+              fma_half2(rotate_right(x, 8) & kRadiusMask, kRadiusScale, radii[step]);
+#if ARCS
+          const uint32_t index = and_or<kAngleMask>(x, classes[step]);
+#else
+          const uint32_t index = and_or<kAngleMask>(x, quarter);
+#endif
+          const uint32_t a[4] = {
+              mul_low(first, entry(index, step, 0)), mul_low(second, entry(index, step, 1)),
+              mul_high(first, entry(index, step, 2)), mul_high(second, entry(index, step, 3))};
+#pragma unroll
+          for (int n = 0; n < COLUMN_TILES; n++)
+            mma(s[n], a, q[n][2 * step], q[n][2 * step + 1], step ? s[n] : start[n]);
+        }
+        if ((tile + 1) % SLOT_TILES == 0) {
+          __syncwarp();
+          const int ahead = tile + 1 - SLOT_TILES + SLOTS * SLOT_TILES;
+          if (ahead < kTiles) {
+            if (elect()) fetch_tiles(keys_here, values_here, slot, ahead);
+          } else if (next < groups && elect()) {
+            fetch_tiles(keys_of(coming, next), values_of(coming, next), slot, ahead - kTiles);
+          }
+        }
+
+#if SOFT_CAP
+#pragma unroll
+        for (int n = 0; n < COLUMN_TILES; n++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            // scale made s the exponent of 2 of exp(2 score / cap); soft_cap is in units of log 2.
+            const float tanh = 1.f - __fdividef(2.f, 1.f + exp2_approx(fminf(s[n][e], 126.f)));
+            s[n][e] = fmaf(soft_cap, tanh, -top[n][e & 1]);
+          }
+#endif
+        if (__builtin_expect(valid < kGroup, 0)) {
+#pragma unroll
+          for (int n = 0; n < COLUMN_TILES; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+              if (tile * kTile + g + (e >> 1) * 8 >= valid) s[n][e] = kNever;
+        }
+
+        float highest = fmaxf(fmaxf(s[0][0], s[0][1]), fmaxf(s[0][2], s[0][3]));
+#pragma unroll
+        for (int n = 1; n < COLUMN_TILES; n++)
+          highest = fmaxf(highest, fmaxf(fmaxf(s[n][0], s[n][1]), fmaxf(s[n][2], s[n][3])));
+        if (__any_sync(~0u, highest > threshold)) {
+#pragma unroll
+          for (int n = 0; n < COLUMN_TILES; n++)
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+              float rise = fmaxf(s[n][e], s[n][e + 2]);
+#pragma unroll
+              for (int d = 4; d < 32; d *= 2) rise = fmaxf(rise, __shfl_xor_sync(~0u, rise, d));
+              rise -= 1.f;
+              if (threshold > 0.f) rise = fmaxf(rise, 0.f);
+              const float decay = exp2_approx(fminf(-rise, 0.f));
+              top[n][e] += rise;
+#pragma unroll
+              for (int f = e; f < 4; f += 2) {
+                if (!SOFT_CAP) start[n][f] -= rise;
+                s[n][f] -= rise;
+              }
+              sums[n][e] *= decay;
+#pragma unroll
+              for (int k = 0; k < kRows; k++) o[n][k][e] *= decay, o[n][k][e + 2] *= decay;
+            }
+          threshold = kSlack;
+        }
+
+        const uint32_t sum_rows[4] = {(weights.z & zeros_mask) | ones, 0u,
+                                      (weights.w & zeros_mask) | ones, 0u};
+        uint32_t p[COLUMN_TILES][2];
+#pragma unroll
+        for (int n = 0; n < COLUMN_TILES; n++) {
+          p[n][0] = transpose(pack_half2(exp2_approx(s[n][0]), exp2_approx(s[n][1])));
+          p[n][1] = transpose(pack_half2(exp2_approx(s[n][2]), exp2_approx(s[n][3])));
+          mma(sums[n], sum_rows, p[n][0], p[n][1], sums[n]);
+          p[n][0] = mul_half2(p[n][0], weights.x);
+          p[n][1] = mul_half2(p[n][1], weights.y);
+        }
+#pragma unroll
+        for (int k = 0; k < kRows; k++) {
+          const uint32_t x = nibbles[k], y = x >> 8;
+          const uint32_t a[4] = {x & 0x000F000Fu, x & 0x00F000F0u, y & 0x000F000Fu, y & 0x00F000F0u};
+#pragma unroll
+          for (int n = 0; n < COLUMN_TILES; n++) mma(o[n][k], a, p[n][0], p[n][1], o[n][k]);
+        }
+      }
+    }
+    group = next, next = after, page = coming;
+  }
+
+  // Every warp's state to shared memory, over tables and rings that nobody reads any more.
+  __syncthreads();
+  float* const staged = reinterpret_cast<float*>(shared);
+  float2* const states = reinterpret_cast<float2*>(shared + kStateAt);  // maximum, sum
+#pragma unroll
+  for (int n = 0; n < COLUMN_TILES; n++)
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const int column = n * 8 + 2 * t + e;
+      const float total = __shfl_sync(~0u, sums[n][e], t), zero = __shfl_sync(~0u, sums[n][e], 4 + t);
+      if (g == 0)
+        states[warp * kColumns + column] = make_float2(threshold < 0.f ? kNever : top[n][e], total);
+      float* const target = staged + (warp * kColumns + column) * kStagingRow;
+#pragma unroll
+      for (int k = 0; k < kRows; k++) {
+        // Nibbles were denormals: 2^-24 of low ones, 2^-20 of high ones.
+        target[16 * k + g] = fmaf(o[n][k][e], 16777216.f, zero);
+        target[16 * k + g + 8] = fmaf(o[n][k][e + 2], 1048576.f, zero);
+      }
+    }
+  __syncthreads();
+  // This block's sums over its warps. The last block of a part merges the part's blocks.
+  float* const merged = reinterpret_cast<float*>(shared + kStaging);  // [column, channel]
+  float2* const merged_states = reinterpret_cast<float2*>(merged + kColumns * V_HEAD_DIM);
+  const bool last = work.split == work.splits - 1;
+  uint2* const own_rows = partial + static_cast<size_t>(blockIdx.x) * kColumns * kPartialRow;
+  for (int i = threadIdx.x; i < columns * V_HEAD_DIM; i += kThreads) {
+    const int column = i / V_HEAD_DIM, channel = i % V_HEAD_DIM;
+    float highest = kNever, total = 0.f, sum = 0.f;
+#pragma unroll
+    for (int k = 0; k < WARPS; k++) highest = fmaxf(highest, states[k * kColumns + column].x);
+#pragma unroll
+    for (int k = 0; k < WARPS; k++) {
+      const float2 state = states[k * kColumns + column];
+      const float weight = exp2_approx(state.x - highest);
+      total = fmaf(weight, state.y, total);
+      sum = fmaf(weight, staged[(k * kColumns + column) * kStagingRow + channel], sum);
+    }
+    if (work.splits == 1) {
+      out[row_of(column) * V_HEAD_DIM + channel] = total > 0.f ? __fdividef(sum, total) : 0.f;
+      if (channel == 0) lse[row_of(column)] = log_sum(highest, total) * kLog2;
+    } else if (last) {
+      merged[i] = sum;
+      if (channel == 0) merged_states[column] = make_float2(highest, total);
+    } else {
+      uint2* const row = own_rows + column * kPartialRow;
+      post(row + channel, sum, mark);
+      if (channel == 0) post(row + V_HEAD_DIM, highest, mark), post(row + V_HEAD_DIM + 1, total, mark);
+    }
+  }
+  if (work.splits == 1 || !last) return;
+
+  // Blocks of a part are started in order, so those that this one waits for are running or done.
+  __syncthreads();
+  uint2* const first_rows =
+      partial + static_cast<size_t>(work.first_block) * kColumns * kPartialRow;
+  constexpr int kBlockRows = kColumns * kPartialRow;
+  float2* const others = reinterpret_cast<float2*>(shared);  // [block, column]: maximum, total
+  for (int i = threadIdx.x; i < (work.splits - 1) * columns; i += kThreads) {
+    uint2* const row = first_rows + i / columns * kBlockRows + i % columns * kPartialRow;
+    float state[2];
+    take<2>(row + V_HEAD_DIM, 1, 2, mark, state);
+    others[i] = make_float2(state[0], state[1]);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < columns * V_HEAD_DIM; i += kThreads) {
+    const int column = i / V_HEAD_DIM, channel = i % V_HEAD_DIM;
+    const float2 own = merged_states[column];
+    float highest = own.x;
+    for (int k = 0; k < work.splits - 1; k++) highest = fmaxf(highest, others[k * columns + column].x);
+    const float own_weight = exp2_approx(own.x - highest);
+    float total = own.y * own_weight, sum = merged[i] * own_weight;
+    constexpr int kAtOnce = 8;
+    for (int k = 0; k < work.splits - 1; k += kAtOnce) {
+      const int count = min(kAtOnce, work.splits - 1 - k);
+      float x[kAtOnce];
+      take<kAtOnce>(first_rows + k * kBlockRows + column * kPartialRow + channel, kBlockRows, count,
+                    mark, x);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; j++) {
+        if (j < count) {
+          const float2 state = others[(k + j) * columns + column];
+          const float weight = exp2_approx(state.x - highest);
+          total = fmaf(state.y, weight, total);
+          sum = fmaf(x[j], weight, sum);
+        }
+      }
+    }
+    out[row_of(column) * V_HEAD_DIM + channel] = total > 0.f ? __fdividef(sum, total) : 0.f;
+    if (channel == 0) lse[row_of(column)] = log_sum(highest, total) * kLog2;
+  }
+}

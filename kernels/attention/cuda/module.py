@@ -1,0 +1,104 @@
+"""Loads the compiled kernel and launches it."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from cuda.bindings import driver
+
+from polarcache.kernels.attention.cuda.compiler import compile_source
+
+__all__ = ["Kernel"]
+
+_P, _L, _I, _F = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int, ctypes.c_float
+_TYPES = (_P,) * 8 + (_L,) * 5 + (_I,) * 6 + (_F,) * 2 + (ctypes.c_uint,)
+_lock = threading.Lock()
+_kernels: dict[tuple[int, tuple[tuple[str, int], ...]], Kernel] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """`attend` of decode.cu with some macros, on one device.
+
+    Attributes:
+        function: the driver's handle.
+        threads: threads of a block.
+        shared_bytes: dynamic shared memory of a block.
+    """
+
+    function: Any
+    threads: int
+    shared_bytes: int
+
+    @classmethod
+    def of(cls, device: int, defines: tuple[tuple[str, int], ...]) -> Kernel:
+        """Returns the kernel, compiled at its first use.
+
+        Args:
+            device: index of the CUDA device.
+            defines: macros of the source and their values.
+
+        Raises:
+            CompileError: the source does not compile.
+            RuntimeError: the driver refuses it.
+        """
+        found = _kernels.get((device, defines))
+        if found is None:
+            with _lock:
+                found = _kernels.get((device, defines))
+                if found is None:
+                    found = _kernels[device, defines] = cls._load(device, defines)
+        return found
+
+    @classmethod
+    def _load(cls, device: int, defines: tuple[tuple[str, int], ...]) -> Kernel:
+        with torch.cuda.device(device):
+            torch.zeros(1, device=f"cuda:{device}")  # makes the device's context current
+            major, minor = torch.cuda.get_device_capability(device)
+            macros = dict(defines)
+            binary = compile_source("decode.cu", macros, f"sm_{major}{minor}")
+            module = _checked(driver.cuModuleLoadData(binary))
+            function = _checked(driver.cuModuleGetFunction(module, b"attend"))
+            # The source adds up its shared memory and leaves the sum where it can be read.
+            address, size = _checked(driver.cuModuleGetGlobal(module, b"shared_bytes"))
+            value = ctypes.c_int()
+            _checked(driver.cuMemcpyDtoH(ctypes.addressof(value), address, size))
+            _checked(
+                driver.cuFuncSetAttribute(
+                    function,
+                    driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    value.value,
+                )
+            )
+            return cls(function, 32 * macros["WARPS"], value.value)
+
+    def launch(self, device: int, blocks: int, arguments: tuple[Any, ...]) -> None:
+        """Launches on the current stream.
+
+        Args:
+            device: index of the CUDA device.
+            blocks: thread blocks.
+            arguments: the kernel's arguments, pointers as integers.
+
+        Raises:
+            RuntimeError: the driver refuses the launch.
+        """
+        with torch.cuda.device(device):
+            stream = torch.cuda.current_stream().cuda_stream
+            _checked(
+                driver.cuLaunchKernel(
+                    self.function, blocks, 1, 1, self.threads, 1, 1, self.shared_bytes, stream,
+                    (arguments, _TYPES), 0,
+                )
+            )  # fmt: skip
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    status, *values = result
+    if status != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"{status.name}: the driver refused the attention kernel")
+    return values[0] if len(values) == 1 else tuple(values)

@@ -1,0 +1,194 @@
+"""The fast form of attention over packed pages: which calls it covers, and its launch.
+
+One rule chooses it: an NVIDIA GPU of compute capability 9.x, pair keys of 6 or 8 bits in groups of
+128 tokens, int4 values with one range a row, heads of 64 or 128 channels, no window. Source:
+cuda/decode.cu; reasons: README.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polarcache.kernels.attention.batch import PrefixBatch
+from polarcache.kernels.attention.options import AttentionOptions
+from polarcache.kernels.codec import Codec
+from polarcache.kernels.profile import ArcPair, Integer, Pair
+
+__all__ = ["FastDecode"]
+
+_GROUP_TOKENS = 128
+_LOG2_E = math.log2(math.e)
+_QUERY_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+# Query columns of a block in tiles of 8, its warps, the ring slots of a warp.
+_NARROW = (1, 16, 2)
+_WIDE = (2, 8, 4)
+# A block's fixed cost in groups of 128 tokens (measured: 6 us of 0.55 us a group, H200), and the
+# groups that take a block as long as one: its warps work on one each.
+_BLOCK_COST = 10
+_LEAST_GROUPS = 8
+# Sequences are even where the longest has at most this many times the mean's tokens.
+_EVEN = 1.25
+
+
+_launches = itertools.count()
+
+
+def _next_mark() -> int:
+    """Returns the bits of a NaN that no recent launch had and that no arithmetic makes."""
+    return 0xFFC00001 + next(_launches) % 0x3FFFFE
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Thread blocks of a launch, and of each part; the latter 0 where lengths decide."""
+
+    blocks: int
+    splits: int
+
+
+class FastDecode:
+    """Launches the fast form for one codec, head count and options; thread-safe."""
+
+    def __init__(self, codec: Codec, query_heads: int, options: AttentionOptions) -> None:
+        """Collects the kernel's constants.
+
+        Args:
+            codec: the codec of the pages; `covers` holds for it.
+            query_heads: query heads.
+            options: how scores become weights.
+        """
+        key, shape = codec.profile.key, codec.shape
+        assert isinstance(key, Pair | ArcPair)
+        self._shape = shape
+        self._query_heads = query_heads
+        self._arcs = isinstance(key, ArcPair)
+        self._offsets = {field.name: field.offset for field in codec.layout.fields}
+        scale = (options.scale or shape.head_dim**-0.5) * _LOG2_E
+        cap = options.soft_cap
+        # With a cap the kernel takes exp(2 score / cap) for the hyperbolic tangent.
+        self._scales = (2 * scale / cap, cap * _LOG2_E) if cap else (scale, 0.0)
+        self._defines = (
+            ("HEAD_DIM", shape.head_dim),
+            ("V_HEAD_DIM", shape.v_head_dim),
+            ("RADIUS_BITS", key.radius_bits),
+            ("ANGLE_BITS", key.angle_bits),
+            ("ARCS", int(self._arcs)),
+            ("ROTARY", shape.rotary_dim),
+            ("INTERLEAVED", int(shape.pairing == "interleaved")),
+            ("PAGE_GROUPS", shape.tokens // _GROUP_TOKENS),
+            ("SOFT_CAP", int(bool(cap))),
+            # Slots hold whole words of keys: at 64 channels two tiles share them.
+            ("SLOT_TILES", 128 // shape.head_dim),
+        )
+
+    @staticmethod
+    def covers(codec: Codec, options: AttentionOptions) -> bool:
+        """Whether the fast form computes this on a GPU of compute capability 9.x."""
+        key, value, shape = codec.profile.key, codec.profile.value, codec.shape
+        return (
+            isinstance(key, Pair | ArcPair)
+            and not getattr(key, "tiers", 0)
+            and key.group_tokens == _GROUP_TOKENS
+            and key.radius_bits + key.angle_bits in (6, 8)
+            and key.angle_bits in (3, 4)
+            and isinstance(value, Integer)
+            and value.bits == 4
+            and value.channels_per_group(shape.v_head_dim) == shape.v_head_dim
+            and shape.head_dim in (64, 128)
+            and shape.v_head_dim in (64, 128)
+            and shape.tokens % _GROUP_TOKENS == 0
+            and not options.window
+        )
+
+    def workspace_bytes(self, num_sequences: int, max_rows: int, processors: int) -> int:
+        """Returns the bytes of partial states that a launch may need."""
+        column_tiles, (tiles, *_) = self._columns(max_rows)
+        parts = num_sequences * self._shape.kv_heads * column_tiles
+        # No plan has more blocks than four waves of a part's share, or the dealt ones.
+        blocks = max(
+            parts * max(1, 4 * processors // parts),
+            self._dealt_blocks(num_sequences, column_tiles, processors),
+        )
+        return blocks * 8 * tiles * (self._shape.v_head_dim + 2) * 8
+
+    def launch(
+        self, query: Tensor, batch: PrefixBatch, out: Tensor, lse: Tensor, workspace: Tensor
+    ) -> None:
+        """Launches the kernel on the current stream; arguments as for `PrefixAttention`.
+
+        Raises:
+            CompileError: NVRTC refuses the source.
+            RuntimeError: the driver refuses the kernel.
+        """
+        # Imported here: only a GPU needs the CUDA bindings.
+        from polarcache.kernels.attention.cuda.module import Kernel
+
+        shape, offsets = self._shape, self._offsets
+        device = query.device.index or 0
+        column_tiles, (tiles, warps, slots) = self._columns(batch.max_rows)
+        kernel = Kernel.of(
+            device,
+            (
+                *self._defines,
+                ("QUERY", _QUERY_KINDS[query.dtype]),
+                ("COLUMN_TILES", tiles),
+                ("WARPS", warps),
+                ("SLOTS", slots),
+            ),
+        )
+        plan = self._plan(batch, column_tiles, device)
+        first = batch.slice_offset
+        arguments: tuple[Any, ...] = (
+            query.data_ptr(), batch.memory.data_ptr(), batch.page_table.data_ptr(),
+            batch.lengths.data_ptr(), batch.query_starts.data_ptr(), out.data_ptr(),
+            lse.data_ptr(), workspace.data_ptr(),
+            first + offsets["key_codes"],
+            first + offsets["key_arcs" if self._arcs else "key_parameters"],
+            first + offsets.get("key_radii", 0),
+            first + offsets["value_codes"],
+            first + offsets["value_parameters"],
+            batch.num_sequences, batch.page_table.shape[1], self._query_heads, shape.kv_heads,
+            column_tiles, plan.splits, *self._scales, _next_mark(),
+        )  # fmt: skip
+        kernel.launch(device, plan.blocks, arguments)
+
+    def _columns(self, max_rows: int) -> tuple[int, tuple[int, int, int]]:
+        """Returns column tiles of a KV head's queries, and how a block takes one."""
+        columns = max_rows * self._query_heads // self._shape.kv_heads
+        shape = _NARROW if columns <= 8 else _WIDE
+        return -(-columns // (8 * shape[0])), shape
+
+    def _plan(self, batch: PrefixBatch, column_tiles: int, device: int) -> _Plan:
+        """Shares the device out: as many blocks for every part, or by length."""
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        parts = batch.num_sequences * self._shape.kv_heads * column_tiles
+        known = batch.known_lengths
+        tokens = batch.page_table.shape[1] * self._shape.tokens
+        if known is not None and len(known) == batch.num_sequences:
+            tokens = max(known)
+            if tokens * len(known) > _EVEN * sum(known):
+                return _Plan(self._dealt_blocks(batch.num_sequences, column_tiles, processors), 0)
+        return self._even_plan(max(1, -(-tokens // _GROUP_TOKENS)), parts, processors)
+
+    @staticmethod
+    def _even_plan(groups: int, parts: int, processors: int) -> _Plan:
+        """Returns the splits of parts of equal length that take the least time, in whole waves."""
+        best = (math.inf, 1)
+        for waves in range(1, 5):
+            splits = min(max(1, waves * processors // parts), groups)
+            run = -(-parts * splits // processors)
+            cost = run * (max(-(-groups // splits), _LEAST_GROUPS) + _BLOCK_COST)
+            best = min(best, (cost, splits))
+        return _Plan(parts * best[1], best[1])
+
+    def _dealt_blocks(self, num_sequences: int, column_tiles: int, processors: int) -> int:
+        """Returns blocks for unequal lengths: one a part, and some to split long sequences."""
+        parts = self._shape.kv_heads * column_tiles
+        spare = processors // parts
+        return parts * (spare if spare >= 2 * num_sequences else num_sequences + max(1, spare))

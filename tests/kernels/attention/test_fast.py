@@ -1,0 +1,146 @@
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from polarcache.kernels import BlockShape, Profile
+from polarcache.kernels.attention.fast import FastDecode
+from polarcache.kernels.attention.options import AttentionOptions
+from polarcache.kernels.codec import Codec
+
+SMS = 132
+MACROS = {
+    "HEAD_DIM": 128, "V_HEAD_DIM": 128, "RADIUS_BITS": 4, "ANGLE_BITS": 4, "ARCS": 0,
+    "ROTARY": 128, "INTERLEAVED": 0, "PAGE_GROUPS": 1, "QUERY": 0, "SOFT_CAP": 0,
+    "COLUMN_TILES": 1, "WARPS": 16, "SLOTS": 2, "SLOT_TILES": 1,
+}  # fmt: skip
+
+
+def codec_of(profile: str, dim: int = 128, v_dim: int = 128, tokens: int = 128) -> Codec:
+    shape = BlockShape(tokens, 8, dim, v_dim, "half", dim)
+    return Codec(Profile.parse(profile), shape, torch.float16)
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        "k=pair:r4t4:minmax,v=int4",
+        "k=pair:r4t4,v=int4",
+        "k=pair:r3t3,v=int4",
+        "k=pair:r4t4:arc2,v=int4",
+        "k=pair:r2t4:arc2,v=int4",
+    ],
+)
+def test_covers_pair_keys_and_int4_values(profile: str) -> None:
+    assert FastDecode.covers(codec_of(profile), AttentionOptions(soft_cap=30.0, scale=0.1))
+    assert FastDecode.covers(codec_of(profile, 64, 64), AttentionOptions())
+    assert FastDecode.covers(codec_of(profile, tokens=256), AttentionOptions())
+
+
+@pytest.mark.parametrize(
+    ("profile", "dim", "v_dim", "tokens", "window"),
+    [
+        ("exact", 128, 128, 128, 0),
+        ("k=pair:r3t4,v=int4", 128, 128, 128, 0),
+        ("k=pair:r2t6,v=int4", 128, 128, 128, 0),
+        ("k=pair:r4t4:g64,v=int4", 128, 128, 128, 0),
+        ("k=pair:tiers8,v=int4", 128, 128, 128, 0),
+        ("k=pair:r4t4,v=int2", 128, 128, 128, 0),
+        ("k=pair:r4t4,v=int4:g32", 128, 128, 128, 0),
+        ("k=pair:r4t4,v=int4", 96, 128, 128, 0),
+        ("k=pair:r4t4,v=int4", 128, 80, 128, 0),
+        ("k=pair:r4t4,v=int4", 128, 128, 128, 64),
+    ],
+)
+def test_leaves_the_rest_to_other_forms(
+    profile: str, dim: int, v_dim: int, tokens: int, window: int
+) -> None:
+    codec = codec_of(profile, dim, v_dim, tokens)
+    assert not FastDecode.covers(codec, AttentionOptions(window=window))
+
+
+@pytest.mark.parametrize(
+    ("groups", "parts", "splits"),
+    [(256, 64, 2), (512, 128, 1), (256, 8, 16), (32, 64, 2), (64, 256, 1), (1, 1, 1)],
+)
+def test_even_sequences_fill_whole_waves(groups: int, parts: int, splits: int) -> None:
+    plan = FastDecode._even_plan(groups, parts, SMS)
+    assert plan.splits == splits
+    assert plan.blocks == parts * splits
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 16, 40, 500])
+def test_dealt_blocks_suffice_for_every_part(sequences: int) -> None:
+    fast = FastDecode(codec_of("k=pair:r4t4,v=int4"), 32, AttentionOptions())
+    for column_tiles in (1, 4):
+        blocks = fast._dealt_blocks(sequences, column_tiles, SMS)
+        assert blocks % (8 * column_tiles) == 0
+        assert blocks >= sequences * 8 * column_tiles
+
+
+def test_the_workspace_holds_every_plan() -> None:
+    fast = FastDecode(codec_of("k=pair:r4t4,v=int4"), 32, AttentionOptions())
+    for sequences in (1, 2, 7, 30, 200):
+        for max_rows in (1, 2, 16):
+            column_tiles, (tiles, *_) = fast._columns(max_rows)
+            rows = fast.workspace_bytes(sequences, max_rows, SMS) // (130 * 8 * 8 * tiles)
+            parts = sequences * 8 * column_tiles
+            assert rows >= fast._dealt_blocks(sequences, column_tiles, SMS)
+            for groups in (1, 5, 64, 4096):
+                assert rows >= FastDecode._even_plan(groups, parts, SMS).blocks
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    pytest.importorskip("cuda.bindings")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    from polarcache.kernels.attention.cuda import compiler
+
+    return compiler
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ARCS": 1, "RADIUS_BITS": 2, "PAGE_GROUPS": 2},
+        {"RADIUS_BITS": 3, "ANGLE_BITS": 3, "SOFT_CAP": 1, "QUERY": 1, "INTERLEAVED": 1},
+        {"HEAD_DIM": 64, "V_HEAD_DIM": 64, "ROTARY": 32, "SLOT_TILES": 2},
+        {"COLUMN_TILES": 2, "WARPS": 8, "SLOTS": 4, "QUERY": 2},
+    ],
+)
+def test_compiles_for_hopper_without_a_gpu(compiler: ModuleType, changes: dict[str, int]) -> None:
+    binary = compiler.compile_source("decode.cu", MACROS | changes, "sm_90")
+    assert binary.startswith(b"\x7fELF")
+
+
+def test_what_does_not_compile_says_why(compiler: ModuleType) -> None:
+    with pytest.raises(compiler.CompileError, match="radius must become fp16"):
+        compiler.compile_source("decode.cu", MACROS | {"ANGLE_BITS": 6}, "sm_90")
+
+
+def test_processes_that_compile_at_once_share_one_whole_file(
+    compiler: ModuleType, tmp_path: Path
+) -> None:
+    program = (
+        "from polarcache.kernels.attention.cuda.compiler import compile_source\n"
+        f"assert compile_source('decode.cu', {MACROS}, 'sm_90').startswith(b'\\x7fELF')"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    files = list((tmp_path / "polarcache" / "kernels").iterdir())
+    assert [file.suffix for file in files] == [".cubin"]
+    # Read back, not compiled again: what is on disk is what comes.
+    files[0].write_bytes(b"kept")
+    assert compiler.compile_source("decode.cu", MACROS, "sm_90") == b"kept"
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
+    compiler: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert compiler.compile_source("decode.cu", MACROS, "sm_90").startswith(b"\x7fELF")
