@@ -72,7 +72,7 @@ def _compiled(source: bytes, name: str, headers: Mapping[str, bytes], options: l
             program, len(options), [option.encode() for option in options]
         )
         _checked(result, program)
-        binary = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), program)[0]
+        binary: bytes = b" " * _checked(nvrtc.nvrtcGetCUBINSize(program), program)[0]
         _checked(nvrtc.nvrtcGetCUBIN(program, binary), program)
         return binary
     finally:

@@ -1,0 +1,97 @@
+// Keys: parameters of a group, phase tables, codes of a step.
+#pragma once
+#include "shape.cuh"
+
+// How a radius comes from its code: (code / 16 + x) y, x a number of fp16. The code of zero gives
+// minimum + step / 2 exactly; what rounding x would change there is put into the step.
+struct Radius {
+  uint32_t x;
+  float y;
+};
+
+// A step far below the minimum is raised to 2^-14 of it, so that the quotient is a number of fp16: a
+// radius moves by less than one rounding of fp16.
+__device__ __forceinline__ Radius radius_of(float minimum, float step) {
+  step = fmaxf(step, minimum * 6.103515625e-05f);
+  const float least = fmaf(0.5f, step, minimum);
+  const uint32_t x = pack_half2(step > 0.f ? __fdividef(least, step * kRadiusUnit) : 1.f, 0.f);
+  return {x, __fdividef(least, low_half(x))};
+}
+
+// Turns the parameters of a group into what its tiles need, for pair 8k + 4e + t, times `scale`:
+// radius x at [t][k][e]; for arcs the class of the width and y / 16 times cosine and sine of the start
+// in the same order; else y at [column][k], column 4e + t.
+__device__ __forceinline__ void derive(const uint8_t* parameters, uint8_t* derived, float scale,
+                                       int lane) {
+  if (lane >= kPairs / 2) return;
+  const int column = 2 * lane / kSteps, k = 2 * lane % kSteps;
+  const int at = (column & 3) * 2 * kSteps + 2 * k + (column >> 2);
+  const uint32_t minima = read<uint32_t>(parameters + 2 * kPairs * ARCS + 4 * lane);
+  const uint32_t steps = read<uint32_t>(parameters + 2 * kPairs * (ARCS + 1) + 4 * lane);
+  const Radius first = radius_of(low_half(minima), low_half(steps));
+  const Radius second = radius_of(high_half(minima), high_half(steps));
+#if ARCS
+  const uint32_t arcs = read<uint32_t>(parameters + 4 * lane);
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const uint32_t arc = i ? arcs >> 16 : arcs & 0xFFFFu;
+    const Radius radius = i ? second : first;
+    const float start = (arc >> 4) * (6.283185307179586f / 4096.f);
+    const float y = radius.y * (scale / kRadiusUnit);
+    const uint32_t wide = min(arc & 15u, 8u);
+    write(derived + 4 * (at + 2 * i), pack_half2(y * __cosf(start), y * __sinf(start)));
+    write(derived + 4 * kPairs + 2 * (at + 2 * i), static_cast<unsigned short>(radius.x));
+    write(derived + 6 * kPairs + 2 * (at + 2 * i),
+          static_cast<unsigned short>(((wide & 3) | (wide >> 2) << 6) * 0x0101));
+  }
+#else
+  write(derived + 2 * at, static_cast<unsigned short>(first.x));
+  write(derived + 2 * at + 4, static_cast<unsigned short>(second.x));
+  write(derived + 2 * kPairs + 8 * lane, make_float2(first.y * scale, second.y * scale));
+#endif
+}
+
+#if !ARCS
+// Writes the warp's phase table: radius y times cosine and sine of every angle of every pair.
+__device__ __forceinline__ void fill_table(uint8_t* table, const uint8_t* parameters,
+                                           const uint8_t* derived, int lane) {
+  constexpr int kEach = (1 << ANGLE_BITS) / 4;  // entries of a lane in a pair
+  const int column = lane >> 2, first = (lane & 3) * kEach;
+#pragma unroll
+  for (int k4 = 0; k4 < kSteps; k4 += 4) {
+    const int at = column * kSteps + k4;
+    const uint2 zeros = read<uint2>(parameters + 4 * kPairs + 2 * at);
+    const uint2 steps = read<uint2>(parameters + 6 * kPairs + 2 * at);
+    const float4 radii = read<float4>(derived + 2 * kPairs + 4 * at);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+      const uint32_t zero = k < 2 ? zeros.x : zeros.y, step = k < 2 ? steps.x : steps.y;
+      const float turn = k % 2 ? high_half(step) : low_half(step);
+      const float base = fmaf(first + 0.5f, turn, k % 2 ? high_half(zero) : low_half(zero));
+      const float radius = k == 0 ? radii.x : k == 1 ? radii.y : k == 2 ? radii.z : radii.w;
+      uint32_t entry[kEach];
+#pragma unroll
+      for (int i = 0; i < kEach; i++) {
+        const float angle = fmaf(static_cast<float>(i), turn, base);
+        entry[i] = pack_half2(radius * __cosf(angle), radius * __sinf(angle));
+      }
+      uint8_t* target = table + (k4 + k) * 8 * kPairTable + lane * 4 * kEach;
+      if constexpr (kEach == 4) write(target, make_uint4(entry[0], entry[1], entry[2], entry[3]));
+      else write(target, make_uint2(entry[0], entry[1]));
+    }
+  }
+}
+#endif
+
+// The four codes of one step, each times 4 in its byte; bits outside the code are of no meaning.
+__device__ __forceinline__ uint32_t codes_of(const uint32_t* words, int step) {
+  if constexpr (kWords == 8) {
+    return words[step];
+  } else {
+    const uint32_t* w = words + step / 4 * 3;
+    if (step % 4 == 0) return w[0];
+    if (step % 4 == 1) return choose<0x0C0C0C0Cu>(rotate_right(w[0], 6), w[1] << 2);
+    if (step % 4 == 2) return choose<0x3C3C3C3Cu>(rotate_right(w[1], 4), w[2] << 4);
+    return rotate_right(w[2], 2);
+  }
+}
