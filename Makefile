@@ -10,6 +10,7 @@ export PYTHONSAFEPATH = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help dev demo test lint types unit stubs check-stubs wheel-test bench image-test clean
+.PHONY: test-sglang
 
 help:
 	@echo "make demo        real work on this machine: store, share, spill, restart; a table, a picture"
@@ -18,6 +19,7 @@ help:
 	@echo "make unit        the tests alone; ARGS='-k lease' passes arguments to pytest"
 	@echo "make bench       wire and memory benchmarks; figures under benchmarks/results"
 	@echo "make stubs       generate the gRPC stubs"
+	@echo "make test-sglang the SGLang backend under SGLang's own cache controller, in .venv-sglang"
 	@echo "make image-test  build the container image and run it for real (rootless, needs root or apt)"
 
 dev: $(VENV)/installed
@@ -61,8 +63,11 @@ wheel-test: dev
 bench: dev
 	$(BIN)/python benchmarks/put_get.py $(ARGS)
 
+test-sglang:
+	scripts/test_engine.sh sglang $(PYTHON) $(ARGS)
+
 image-test:
 	scripts/image-test.sh
 
 clean:
-	rm -rf $(VENV) .dev build dist demo-output *.egg-info
+	rm -rf $(VENV) .venv-* .dev build dist demo-output *.egg-info
