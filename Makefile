@@ -10,7 +10,7 @@ export PYTHONSAFEPATH = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help dev demo test lint types unit stubs check-stubs wheel-test bench image-test clean
-.PHONY: test-sglang
+.PHONY: test-sglang test-lmcache
 
 help:
 	@echo "make demo        real work on this machine: store, share, spill, restart; a table, a picture"
@@ -20,6 +20,7 @@ help:
 	@echo "make bench       wire and memory benchmarks; figures under benchmarks/results"
 	@echo "make stubs       generate the gRPC stubs"
 	@echo "make test-sglang the SGLang backend under SGLang's own cache controller, in .venv-sglang"
+	@echo "make test-lmcache the LMCache adapter under LMCache's own storage manager, in .venv-lmcache"
 	@echo "make image-test  build the container image and run it for real (rootless, needs root or apt)"
 
 dev: $(VENV)/installed
@@ -63,8 +64,8 @@ wheel-test: dev
 bench: dev
 	$(BIN)/python benchmarks/put_get.py $(ARGS)
 
-test-sglang:
-	scripts/test_engine.sh sglang $(PYTHON) $(ARGS)
+test-sglang test-lmcache: test-%:
+	scripts/test_engine.sh $* $(PYTHON) $(ARGS)
 
 image-test:
 	scripts/image-test.sh
