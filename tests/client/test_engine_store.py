@@ -1,6 +1,7 @@
 """Engines' blocks to a real service and back, and what happens when it is not there."""
 
 import dataclasses
+import itertools
 import os
 import signal
 import socket
@@ -80,6 +81,51 @@ def test_blocks_pass_through_a_small_buffer(
     assert store.clear(spec)
     assert store.count(spec, KEYS) == 0
     store.close()
+
+
+def test_a_load_gives_its_lease_back(store: EngineStore, service: Any, spec: NamespaceSpec) -> None:
+    blocks = random_blocks(spec.layout, 5, 1)
+    store.save(spec, KEYS, blocks)
+    before = service.gauges()["leases"]
+    assert store.load(spec, KEYS, blocks) == 5
+    assert service.gauges()["leases"] == before
+
+
+def test_loads_and_saves_end_at_their_deadline(
+    service: Any, spec: NamespaceSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_store, "_SCRATCH_BYTES", spec.layout.raw_block_bytes)
+    # Every look at the clock finds another 9 of the 20 seconds gone.
+    clock = itertools.count(step=9).__next__
+    store = EngineStore(service.endpoint, LIMITS, clock)
+    blocks, got = random_blocks(spec.layout, 5, 1), empty_blocks(spec.layout, 5)
+    assert store.save(spec, KEYS, blocks) == 2
+    assert store.count(spec, KEYS) == 2
+    store.save(spec, KEYS[2:], blocks[2:])
+    assert store.load(spec, KEYS, got) == 2
+    assert same(got[:2], blocks[:2])
+    assert torch.isnan(got[2][0]).all()
+    store.close()
+
+
+def test_a_load_ends_where_a_block_was_lost(
+    store: EngineStore, spec: NamespaceSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store._load_scratch, "_num_bytes", 2 * spec.layout.raw_block_bytes)
+    blocks, got = random_blocks(spec.layout, 5, 1), empty_blocks(spec.layout, 5)
+    store.save(spec, KEYS, blocks)
+    retrieve = store._client.retrieve
+
+    def lose_one(match: Any, *, first_block: int, num_blocks: int, out: Any, pack: Any) -> Any:
+        num_blocks -= first_block + num_blocks > 3
+        tokens = num_blocks * spec.layout.block_tokens
+        out = [(keys[:tokens], values[:tokens]) for keys, values in out]
+        return retrieve(match, first_block=first_block, num_blocks=num_blocks, out=out, pack=pack)
+
+    monkeypatch.setattr(store._client, "retrieve", lose_one)
+    assert store.load(spec, KEYS, got) == 3
+    assert same(got[:3], blocks[:3])
+    assert torch.isnan(got[3][0]).all()
 
 
 def test_more_keys_than_one_lookup_takes(

@@ -155,8 +155,12 @@ def test_ranks_models_and_options_do_not_see_each_other(start_backend: Any) -> N
     first.batch_set_v1(KEYS[:1], slots(0))
     assert is_there()
     assert is_there({"dp_rank": 3})
-    assert not is_there({"tp_rank": 1, "tp_size": 2})
-    assert not is_there({"pp_rank": 1, "pp_size": 2})
+    for kind in ("tp", "pp"):
+        rank = {f"{kind}_rank": 1, f"{kind}_size": 2}
+        assert not is_there(rank)
+        start_backend(make_pool("page_first"), rank).batch_set_v1(KEYS[:1], slots(0))
+        assert is_there(rank)
+        assert not is_there({f"{kind}_size": 2})
     assert not is_there(revision="2")
     assert not is_there(salt="s")
     assert not is_there(tenant="t")
