@@ -6,7 +6,9 @@ namespace's spans all have one shape, so any number of slices is one kernel call
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,7 +24,20 @@ from polarcache.proto.frames import Buffer
 from polarcache.proto.layout import KvLayout
 from polarcache.proto.tensors import bytes_tensor, tensor_bytes
 
-__all__ = ["BlockCodec"]
+__all__ = ["BlockCodec", "Place"]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Consecutive layers of one block in its page.
+
+    Attributes:
+        page: The page's bytes, uint8 [packed_block_bytes].
+        layers: The layers.
+    """
+
+    page: torch.Tensor
+    layers: range
 
 
 class BlockCodec:
@@ -70,77 +85,68 @@ class BlockCodec:
         """Bytes of one slice on the wire."""
         return self.packed.slice_bytes if packed else self._layout.raw_slice_bytes
 
-    def write(
-        self, page: torch.Tensor, first_layer: int, payload: memoryview, *, packed: bool
-    ) -> None:
-        """Puts consecutive layers of a block into its page.
+    def write(self, places: Sequence[Place], payload: memoryview, *, packed: bool) -> None:
+        """Puts slices into their pages.
 
         Args:
-            page: The page's bytes, uint8 [packed_block_bytes].
-            first_layer: First layer.
-            payload: Whole slices, layer after layer.
+            places: Where they go.
+            payload: Their bytes, one after the other.
             packed: Whether the payload is in packed form.
 
         Raises:
             NonFiniteError: Keys or values hold NaN, infinity, or what the codec cannot carry.
         """
-        num_layers = len(payload) // self.slice_bytes(packed=packed)
-        out = page.view(-1, self.packed.slice_bytes)[first_layer : first_layer + num_layers]
         wire = bytes_tensor(payload).to(self._device, non_blocking=True)
-        if not packed and not self._raw_is_packed:
-            keys, values = self._split(wire)
-            try:
-                layers = range(first_layer, first_layer + num_layers)
-                self._codec.encode(keys, values, out, layers)
-            except KernelNonFiniteError as error:
-                raise NonFiniteError(f"layer {first_layer} and following: {error}") from error
-        else:
-            slices = wire.view(num_layers, self.packed.slice_bytes)
-            try:
+        slices = wire.view(-1, self.slice_bytes(packed=packed))
+        outs = [self._slices(place) for place in places]
+        ends = list(itertools.accumulate(len(place.layers) for place in places))
+        try:
+            if packed or self._raw_is_packed:
                 check_packed(self.packed, self._dtype, slices)
-            except KernelNonFiniteError as error:
-                raise NonFiniteError(f"layer {first_layer} and following: {error}") from error
-            if out.is_cuda:
-                out.copy_(slices)
+                for out, end in zip(outs, ends, strict=True):
+                    _copy(out, slices[end - len(out) : end])
             else:
-                # NumPy's copy reads what the check has just brought into the cache.
-                np.copyto(out.numpy(), slices.numpy())
-        if out.is_cuda:
+                for place, out, end in zip(places, outs, ends, strict=True):
+                    keys, values = self._split(slices[end - len(out) : end])
+                    self._codec.encode(keys, values, out, place.layers)
+        except KernelNonFiniteError as error:
+            raise NonFiniteError(str(error)) from error
+        if wire.is_cuda:
             torch.cuda.current_stream().synchronize()
 
-    def read(
-        self, pages: Sequence[torch.Tensor], layers: Sequence[int], *, packed: bool
-    ) -> list[Buffer]:
+    def read(self, places: Sequence[Place], *, packed: bool) -> list[Buffer]:
         """Wire bytes of slices.
 
         Args:
-            pages: For each slice the page it is in.
-            layers: For each slice its layer.
+            places: Where they are.
             packed: Whether to return packed form.
 
         Returns:
-            One buffer a slice. Where no codec runs on the CPU they are views of the pages.
+            One buffer a place. Where no codec runs on the CPU they are views of the pages.
         """
+        slices = [self._slices(place) for place in places]
+        as_is = packed or self._raw_is_packed
+        if as_is and self._device.type == "cpu":
+            return [tensor_bytes(one) for one in slices]
+        stored = torch.cat(slices)
+        if as_is:
+            rows = stored
+        else:
+            size = self._layout.raw_slice_bytes
+            rows = torch.empty(len(stored), size, dtype=torch.uint8, device=self._device)
+            keys, values = self._split(rows)
+            self._codec.decode(stored, keys, values)
+        return [tensor_bytes(one) for one in rows.cpu().split([len(one) for one in slices])]
+
+    def _slices(self, place: Place) -> torch.Tensor:
+        """Packed slices at a place, uint8 [len(place.layers), packed.slice_bytes]."""
         size = self.packed.slice_bytes
-        slices = [
-            page[layer * size : (layer + 1) * size]
-            for page, layer in zip(pages, layers, strict=True)
-        ]
-        if packed or self._raw_is_packed:
-            if self._device.type == "cpu":
-                return [tensor_bytes(one) for one in slices]
-            return _rows(torch.stack(slices).cpu())
-        raw = torch.empty(
-            len(slices), self._layout.raw_slice_bytes, dtype=torch.uint8, device=self._device
-        )
-        keys, values = self._split(raw)
-        self._codec.decode(torch.stack(slices), keys, values)
-        return _rows(raw.cpu())
+        return place.page[place.layers.start * size : place.layers.stop * size].view(-1, size)
 
     def _split(self, wire: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys [N, T, Hkv, D] and values [N, T, Hkv, Dv] over the memory of N raw slices."""
+        """Keys [N, T, Hkv, D] and values [N, T, Hkv, Dv] over N raw slices."""
         layout = self._layout
-        rows = wire.view(-1, layout.raw_slice_bytes).view(self._dtype)
+        rows = wire.view(self._dtype)
         num_keys = layout.raw_key_bytes // layout.element_bytes
         tokens, heads = layout.block_tokens, layout.num_kv_heads
         keys = rows[:, :num_keys].unflatten(1, (tokens, heads, layout.head_dim))
@@ -148,5 +154,9 @@ class BlockCodec:
         return keys, values
 
 
-def _rows(slices: torch.Tensor) -> list[Buffer]:
-    return [tensor_bytes(row) for row in slices]
+def _copy(out: torch.Tensor, slices: torch.Tensor) -> None:
+    if out.is_cuda:
+        out.copy_(slices)
+    else:
+        # NumPy's copy reads what the check has just brought into the cache.
+        np.copyto(out.numpy(), slices.numpy())

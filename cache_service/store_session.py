@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from polarcache.cache_service.codec import Place
 from polarcache.cache_service.metrics import Counters
 from polarcache.cache_service.namespaces import Namespace
 from polarcache.cache_service.store import BlockStore
@@ -54,8 +55,15 @@ class StoreSession:
         self._all_layers = (1 << namespace.spec.layout.num_layers) - 1
         self._missing = dict.fromkeys(wanted, self._all_layers)
 
-    def take(self, spans: Sequence[pb.Span], payload: memoryview) -> None:
+    def take(
+        self, spans: Sequence[pb.Span], payload: memoryview, *, has_checksums: bool = True
+    ) -> None:
         """Checks a message's spans and writes them to their pages.
+
+        Args:
+            spans: The spans.
+            payload: Their bytes.
+            has_checksums: Whether the bytes travelled with checksums.
 
         Raises:
             InvalidRequestError: A span is out of range, came before, or is of another length.
@@ -70,11 +78,21 @@ class StoreSession:
                 f"the spans of this message are {expected} bytes, {slice_bytes} a slice; its "
                 f"payload is {len(payload)}"
             )
-        start = 0
-        for span in spans:
-            end = start + span.num_layers * slice_bytes
-            self._take_span(span, payload[start:end])
-            start = end
+        if has_checksums:
+            start = 0
+            for span in spans:
+                end = start + span.num_layers * slice_bytes
+                _verify(span, payload[start:end])
+                start = end
+        places = self._claim(spans)
+        start_ns = time.monotonic_ns()
+        try:
+            self._namespace.codec.write(places, payload, packed=self._packed)
+        finally:
+            with self._changed:
+                self._num_writing -= 1
+                self._changed.notify_all()
+        self._counters.add("codec_encode_ns_total", time.monotonic_ns() - start_ns)
         self._counters.add("received_payload_bytes_total", len(payload))
 
     def publish(self, *, durable: bool) -> int:
@@ -106,26 +124,16 @@ class StoreSession:
             pages, self._pages = self._pages, {}
         self._store.memory.free(list(pages.values()))
 
-    def _take_span(self, span: pb.Span, payload: memoryview) -> None:
-        if checksum(payload) != span.checksum:
-            raise ChecksumMismatchError(
-                f"block {span.block_index}, layers from {span.first_layer}: the payload is not "
-                "what was sent; expected its xxh3-64"
-            )
-        page = self._claim(span)
-        start_ns = time.monotonic_ns()
-        try:
-            self._namespace.codec.write(
-                self._store.memory.view(page), span.first_layer, payload, packed=self._packed
-            )
-        finally:
-            with self._changed:
-                self._num_writing -= 1
-                self._changed.notify_all()
-        self._counters.add("codec_encode_ns_total", time.monotonic_ns() - start_ns)
+    def _claim(self, spans: Sequence[pb.Span]) -> list[Place]:
+        """Where the spans go; their layers count as taken and their pages are kept for a writer."""
+        with self._changed:
+            if self._closed:
+                raise InvalidRequestError("the store call has ended")
+            places = [self._claim_one(span) for span in spans]
+            self._num_writing += 1
+            return places
 
-    def _claim(self, span: pb.Span) -> Page:
-        """The page of a span's block, held for one writer; its layers count as taken."""
+    def _claim_one(self, span: pb.Span) -> Place:
         index = span.block_index
         first, end = span.first_layer, span.first_layer + span.num_layers
         layers = ((1 << span.num_layers) - 1) << first
@@ -134,15 +142,19 @@ class StoreSession:
             raise InvalidRequestError(
                 f"layers {first} to {end} of block {index} are outside of {num_layers} layers"
             )
-        with self._changed:
-            if self._closed:
-                raise InvalidRequestError("the store call has ended")
-            if layers & ~self._missing.get(index, 0):
-                raise InvalidRequestError(
-                    f"layers {first} to {end} of block {index} were not wanted or came before"
-                )
-            if index not in self._pages:
-                self._pages[index] = self._store.allocate(self._namespace.codec.packed_block_bytes)
-            self._missing[index] &= ~layers
-            self._num_writing += 1
-            return self._pages[index]
+        if layers & ~self._missing.get(index, 0):
+            raise InvalidRequestError(
+                f"layers {first} to {end} of block {index} were not wanted or came before"
+            )
+        if index not in self._pages:
+            self._pages[index] = self._store.allocate(self._namespace.codec.packed_block_bytes)
+        self._missing[index] &= ~layers
+        return Place(self._store.memory.view(self._pages[index]), range(first, end))
+
+
+def _verify(span: pb.Span, payload: memoryview) -> None:
+    if checksum(payload) != span.checksum:
+        raise ChecksumMismatchError(
+            f"block {span.block_index}, layers from {span.first_layer}: the payload is not "
+            "what was sent; expected its xxh3-64"
+        )

@@ -10,6 +10,9 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from polarcache.cache_service.codec import Place
 from polarcache.cache_service.index import Entry
 from polarcache.cache_service.metrics import Counters
 from polarcache.cache_service.namespaces import Namespace, NamespaceRegistry
@@ -20,15 +23,15 @@ from polarcache.proto.frames import Buffer, checksum, join_frame, split_frame
 from polarcache.proto.keys import MAX_BLOCK_KEY_BYTES
 from polarcache.proto.v1 import polarcache_pb2 as pb
 
-__all__ = ["RetrieveTransfer", "Slice", "StoreTransfer", "Transfers", "check_keys"]
+__all__ = ["RetrieveTransfer", "Run", "StoreTransfer", "Transfers", "check_keys"]
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
-    """One layer of one block on its way out."""
+class Run:
+    """Consecutive layers of one block on their way out."""
 
     block_index: int
-    layer: int
+    layers: range
     entry: Entry
 
 
@@ -118,13 +121,15 @@ class StoreTransfer:
         )
         self._committed = False
 
-    def take(self, spans: Sequence[pb.Span], payload: memoryview) -> None:
+    def take(
+        self, spans: Sequence[pb.Span], payload: memoryview, *, has_checksums: bool = True
+    ) -> None:
         """Writes a message's spans to their pages. May run in several threads.
 
         Raises:
             PolarCacheError: The message is refused.
         """
-        self._session.take(spans, payload)
+        self._session.take(spans, payload, has_checksums=has_checksums)
 
     def commit(self) -> bytes:
         """Makes the blocks visible; the last frame.
@@ -168,31 +173,41 @@ class RetrieveTransfer:
         header = pb.RetrieveHeader(num_blocks=len(pinned.entries), miss_reason=pinned.miss_reason)
         self.header = pb.RetrieveResponse(header=header).SerializeToString()
 
-    def plan(self, frame_bytes: int) -> Iterator[list[Slice]]:
-        """Slices of each frame, layer by layer, all blocks of a layer before the next."""
+    def plan(self, frame_bytes: int) -> Iterator[list[Run]]:
+        """What goes into each frame: layer by layer, or block by block in packed form."""
         per_frame = max(1, frame_bytes // self.slice_bytes)
-        frame: list[Slice] = []
-        for layer in range(self._namespace.spec.layout.num_layers):
-            for i, entry in enumerate(self._pinned.entries):
-                frame.append(Slice(i, layer, entry))
-                if len(frame) == per_frame:
+        frame: list[Run] = []
+        room = per_frame
+        for run in self._runs():
+            first = run.layers.start
+            while first < run.layers.stop:
+                end = min(run.layers.stop, first + room)
+                frame.append(Run(run.block_index, range(first, end), run.entry))
+                room -= end - first
+                first = end
+                if not room:
                     yield frame
-                    frame = []
+                    frame, room = [], per_frame
         if frame:
             yield frame
 
-    def message(self, frame: list[Slice]) -> bytes:
+    def message(self, frame: list[Run]) -> bytes:
         """A frame that carries its payload."""
-        buffers, spans = self._read(frame)
+        buffers = self._read(frame)
+        spans = _spans(frame)
+        for span, buffer in zip(spans, buffers, strict=True):
+            span.checksum = checksum(buffer)
         return join_frame(pb.RetrieveResponse(spans=spans), buffers)
 
-    def into_region(self, frame: list[Slice], where: pb.RegionRange, view: memoryview) -> bytes:
+    def into_region(self, frame: list[Run], where: pb.RegionRange, view: memoryview) -> bytes:
         """A frame whose payload is put into shared memory."""
-        buffers, spans = self._read(frame)
+        target = np.frombuffer(view, dtype=np.uint8)
         end = 0
-        for buffer in buffers:
-            view[end : end + len(buffer)] = buffer
+        for buffer in self._read(frame):
+            # Without the lock of the interpreter.
+            np.copyto(target[end : end + len(buffer)], np.frombuffer(buffer, dtype=np.uint8))
             end += len(buffer)
+        spans = _spans(frame)
         return pb.RetrieveResponse(spans=spans, region=where).SerializeToString()
 
     def close(self, *, complete: bool) -> None:
@@ -207,23 +222,31 @@ class RetrieveTransfer:
         else:
             self._counters.add("retrieve_failed_requests_total")
 
-    def _read(self, frame: list[Slice]) -> tuple[list[Buffer], list[pb.Span]]:
+    def _runs(self) -> Iterator[Run]:
+        """A worker can use RAW layers as they come; a packed block is of use when it is whole."""
+        layers = range(self._namespace.spec.layout.num_layers)
+        parts = [layers] if self._packed else [layers[i : i + 1] for i in layers]
+        for part in parts:
+            for i, entry in enumerate(self._pinned.entries):
+                yield Run(i, part, entry)
+
+    def _read(self, frame: list[Run]) -> list[Buffer]:
         start_ns = time.monotonic_ns()
-        pages = [self._store.memory.view(one.entry.page) for one in frame]
-        layers = [one.layer for one in frame]
-        buffers = self._namespace.codec.read(pages, layers, packed=self._packed)
+        memory = self._store.memory
+        places = [Place(memory.view(run.entry.page), run.layers) for run in frame]
+        buffers = self._namespace.codec.read(places, packed=self._packed)
         self._counters.add("codec_decode_ns_total", time.monotonic_ns() - start_ns)
         self._counters.add("sent_payload_bytes_total", sum(len(buffer) for buffer in buffers))
-        spans = [
-            pb.Span(
-                block_index=one.block_index,
-                first_layer=one.layer,
-                num_layers=1,
-                checksum=checksum(buffer),
-            )
-            for one, buffer in zip(frame, buffers, strict=True)
-        ]
-        return buffers, spans
+        return buffers
+
+
+def _spans(frame: list[Run]) -> list[pb.Span]:
+    return [
+        pb.Span(
+            block_index=run.block_index, first_layer=run.layers.start, num_layers=len(run.layers)
+        )
+        for run in frame
+    ]
 
 
 def check_keys(block_keys: Sequence[bytes], most: int) -> list[bytes]:

@@ -115,8 +115,9 @@ class RetrieveCall:
             slot = self._slots.get(answer.region.offset)
             if slot is None:
                 raise InternalError("the service wrote to memory that it was not offered")
-            payload = slot.view
-        self._copy(answer.spans, payload)
+            self._copy(answer.spans, slot.view, has_checksums=False)
+        else:
+            self._copy(answer.spans, payload, has_checksums=True)
         if answer.HasField("region") and self._releases_left:
             self._releases_left -= 1
             return pb.RetrieveRequest(released=answer.region).SerializeToString()
@@ -139,7 +140,9 @@ class RetrieveCall:
                 f"{self._num_layers} layers"
             )
 
-    def _copy(self, spans: Sequence[pb.Span], payload: memoryview) -> None:
+    def _copy(
+        self, spans: Sequence[pb.Span], payload: memoryview, *, has_checksums: bool
+    ) -> None:
         if self._target is None:
             raise InternalError("spans came before the header")
         start = 0
@@ -152,15 +155,15 @@ class RetrieveCall:
                 or end > len(payload)
             ):
                 raise InternalError("the service sent a span that was not asked for")
-            if checksum(payload[start:end]) != span.checksum:
+            if has_checksums and checksum(payload[start:end]) != span.checksum:
                 raise BlockCorruptError(
                     f"block {span.block_index}, layer {span.first_layer}: the bytes are not what "
                     "the service sent"
                 )
+            for part in self._target.parts(span.block_index, layers):
+                part[:] = payload[start : start + len(part)]
+                start += len(part)
             for layer in layers:
-                for part in self._target.parts(span.block_index, layer):
-                    part[:] = payload[start : start + len(part)]
-                    start += len(part)
                 self._left_of_layer[layer] -= 1
         while self.layers_done < self._num_layers and not self._left_of_layer[self.layers_done]:
             self.layers_done += 1

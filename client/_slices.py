@@ -57,15 +57,15 @@ class RawSlices:
             for i, (keys, values) in enumerate(layers)
         ]
 
-    def parts(self, block_index: int, layer: int) -> list[memoryview]:
-        """Views whose bytes one after the other are the slice."""
-        keys, values = self._layers[layer]
+    def parts(self, block_index: int, layers: range) -> list[memoryview]:
+        """Views whose bytes one after the other are the slices of consecutive layers."""
         key_start = block_index * self._key_bytes
         value_start = block_index * self._value_bytes
-        return [
-            keys[key_start : key_start + self._key_bytes],
-            values[value_start : value_start + self._value_bytes],
-        ]
+        views: list[memoryview] = []
+        for keys, values in self._layers[layers.start : layers.stop]:
+            views.append(keys[key_start : key_start + self._key_bytes])
+            views.append(values[value_start : value_start + self._value_bytes])
+        return views
 
 
 class PackedSlices:
@@ -89,10 +89,10 @@ class PackedSlices:
                     f"packed block {i} is {len(block)} bytes; expected {num_layers * slice_bytes}"
                 )
 
-    def parts(self, block_index: int, layer: int) -> list[memoryview]:
-        """Views whose bytes one after the other are the slice."""
-        start = layer * self.slice_bytes
-        return [self._blocks[block_index][start : start + self.slice_bytes]]
+    def parts(self, block_index: int, layers: range) -> list[memoryview]:
+        """Views whose bytes one after the other are the slices of consecutive layers."""
+        start, end = layers.start * self.slice_bytes, layers.stop * self.slice_bytes
+        return [self._blocks[block_index][start:end]]
 
 
 def empty_layers(layout: KvLayout, num_blocks: int) -> list[LayerTensors]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from polarcache.client._slices import PackedSlices, RawSlices
 from polarcache.client._types import Namespace, StoreResult
 from polarcache.proto.errors import InternalError
-from polarcache.proto.frames import Buffer, checksum, join_frame
+from polarcache.proto.frames import checksum, join_frame
 from polarcache.proto.v1 import polarcache_pb2 as pb
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class StoreCall:
         self._slices = slices
         self._first_block = first_block
         self._durable = durable
-        self._frames: Iterator[list[tuple[int, int]]] = iter(())
+        self._frames: Iterator[list[tuple[int, range]]] = iter(())
         self._per_frame = max(1, frame_bytes // slices.slice_bytes)
         self.slice_bytes = slices.slice_bytes
         self._uses_slots = False
@@ -97,37 +97,31 @@ class StoreCall:
 
     def next_frame(self) -> bytes | None:
         """The next frame of spans, None after the last; needs a free slot where slots are used."""
-        slices = next(self._frames, None)
-        if slices is None:
+        frame = next(self._frames, None)
+        if frame is None:
             return None
         spans: list[pb.Span] = []
-        parts: list[list[Buffer]] = []
-        for block_index, layer in slices:
-            piece = self._slices.parts(self._first_block + block_index, layer)
-            last = spans[-1] if spans else None
-            if last and last.block_index == block_index:
-                last.num_layers += 1
-                parts[-1].extend(piece)
-            else:
-                spans.append(pb.Span(block_index=block_index, first_layer=layer, num_layers=1))
-                parts.append(list(piece))
-        self._sent_bytes += sum(len(part) for span_parts in parts for part in span_parts)
+        payload: list[memoryview] = []
+        for block_index, layers in frame:
+            span = pb.Span(
+                block_index=block_index, first_layer=layers.start, num_layers=len(layers)
+            )
+            parts = self._slices.parts(self._first_block + block_index, layers)
+            if not self._uses_slots:
+                span.checksum = checksum(*parts)
+            spans.append(span)
+            payload += parts
+        self._sent_bytes += sum(len(part) for part in payload)
         if self._uses_slots:
-            return self._fill_slot(spans, parts)
-        for span, span_parts in zip(spans, parts, strict=True):
-            span.checksum = checksum(*span_parts)
-        payload = [part for span_parts in parts for part in span_parts]
+            return self._fill_slot(spans, payload)
         return join_frame(pb.StoreRequest(spans=spans), payload)
 
-    def _fill_slot(self, spans: list[pb.Span], parts: list[list[Buffer]]) -> bytes:
-        """Copies each span's parts while the checksum has them in the cache."""
+    def _fill_slot(self, spans: list[pb.Span], payload: list[memoryview]) -> bytes:
         slot = self.free_slots.pop()
         end = 0
-        for span, span_parts in zip(spans, parts, strict=True):
-            span.checksum = checksum(*span_parts)
-            for part in span_parts:
-                slot.view[end : end + len(part)] = part
-                end += len(part)
+        for part in payload:
+            slot.view[end : end + len(part)] = part
+            end += len(part)
         where = pb.RegionRange(offset=slot.where.offset, length=end)
         return pb.StoreRequest(spans=spans, region=where).SerializeToString()
 
@@ -136,14 +130,20 @@ class StoreCall:
         """Last frame."""
         return pb.StoreRequest(commit=True).SerializeToString()
 
-    def _plan(self, wanted: Sequence[int]) -> Iterator[list[tuple[int, int]]]:
+    def _plan(self, wanted: Sequence[int]) -> Iterator[list[tuple[int, range]]]:
+        """Layers of blocks for each frame."""
         num_layers = self._namespace.spec.layout.num_layers
-        frame: list[tuple[int, int]] = []
+        frame: list[tuple[int, range]] = []
+        room = self._per_frame
         for block_index in wanted:
-            for layer in range(num_layers):
-                frame.append((block_index, layer))
-                if len(frame) == self._per_frame:
+            first = 0
+            while first < num_layers:
+                end = min(num_layers, first + room)
+                frame.append((block_index, range(first, end)))
+                room -= end - first
+                first = end
+                if not room:
                     yield frame
-                    frame = []
+                    frame, room = [], self._per_frame
         if frame:
             yield frame
