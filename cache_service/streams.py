@@ -7,8 +7,9 @@ the last one written, so the wire and the codec overlap. A silent worker's strea
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from concurrent.futures import Future, wait
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import grpc
 
@@ -78,30 +79,22 @@ class BlockStreams:
 
     async def _take_frames(self, context: Context, transfer: StoreTransfer) -> None:
         """Reads messages until `commit`, while those before are written to their pages."""
-        taking: set[asyncio.Future[None]] = set()
-        reading: asyncio.Task[bytes] | None = None
-        try:
+        taking: deque[Future[None]] = deque()
+        # A refused message ends the call at once, not with the next message.
+        with _Interruption() as interruption:
             while True:
-                reading = asyncio.create_task(self._read(context))
-                # A refused message ends the call at once, not with the next message.
-                while not reading.done() or len(taking) >= _MAX_TAKING:
-                    waited: set[asyncio.Future[Any]] = {*taking}
-                    if not reading.done():
-                        waited.add(reading)
-                    await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
-                    for done in [future for future in taking if future.done()]:
-                        taking.remove(done)
-                        await done
-                request, payload = split_frame(pb.StoreRequest, await reading)
+                request, payload = split_frame(pb.StoreRequest, await self._read(context))
                 if request.commit:
-                    await asyncio.gather(*taking)
-                    return
+                    break
                 if request.HasField("region"):
                     raise InvalidRequestError("shared memory goes with the local socket alone")
-                taking.add(self._workers.cpu(transfer.take, request.spans, payload))
-        finally:
-            if reading is not None:
-                reading.cancel()
+                future = self._workers.submit_cpu(transfer.take, request.spans, payload)
+                future.add_done_callback(interruption.if_failed)
+                taking.append(future)
+                if len(taking) > _MAX_TAKING:
+                    await asyncio.wrap_future(taking.popleft())
+        for future in taking:
+            await asyncio.wrap_future(future)
 
     async def _read(self, context: Context) -> bytes:
         try:
@@ -115,6 +108,40 @@ class BlockStreams:
             raise InvalidRequestError("the worker ended the stream before its last message")
         message: bytes = frame
         return message
+
+
+class _Interruption:
+    """Ends the current task's wait when work in a thread fails, and raises why."""
+
+    def __init__(self) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("expected to run in a task")
+        self._task = task
+        self._loop = asyncio.get_running_loop()
+        self._is_waited_for = True
+        self._failure: BaseException | None = None
+
+    def __enter__(self) -> _Interruption:
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        self._is_waited_for = False
+        if self._failure is not None:
+            # Where the call itself was cancelled too, it stays so.
+            is_ours = self._task.uncancel() == 0
+            if exc_type is asyncio.CancelledError and is_ours:
+                raise self._failure
+
+    def if_failed(self, future: Future[None]) -> None:
+        """In the thread that did the work: interrupts the task if it failed."""
+        if not future.cancelled() and future.exception() is not None:
+            self._loop.call_soon_threadsafe(self._interrupt, future.exception())
+
+    def _interrupt(self, failure: BaseException) -> None:
+        if self._is_waited_for and self._failure is None:
+            self._failure = failure
+            self._task.cancel()
 
 
 def _end(transfer: RetrieveTransfer, building: list[Future[bytes]], *, complete: bool) -> None:

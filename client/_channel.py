@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from urllib.parse import urlsplit
 
+import grpc.experimental
+
 from polarcache.proto.errors import InvalidRequestError
 
 __all__ = ["DEFAULT_ENDPOINT", "channel_options", "grpc_target"]
@@ -36,6 +38,8 @@ def channel_options() -> list[tuple[str, int]]:
     return [
         ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+        # A stream's reader takes its messages from gRPC itself, not from another thread.
+        (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 2_000),
         ("grpc.max_reconnect_backoff_ms", 2_000),

@@ -59,7 +59,7 @@ def run_store(
 
 
 def run_retrieve(
-    method: grpc.StreamStreamMultiCallable, call: RetrieveCall, timeout_s: float
+    method: grpc.UnaryStreamMultiCallable, call: RetrieveCall, timeout_s: float
 ) -> Iterator[None]:
     """Receives a retrieve's frames; yields after the header and after each frame.
 
@@ -68,7 +68,7 @@ def run_retrieve(
     Raises:
         PolarCacheError: The call failed.
     """
-    stream = method(iter([call.begin()]), timeout=timeout_s)
+    stream = method(call.begin(), timeout=timeout_s)
     try:
         call.on_header(next(stream))
         yield

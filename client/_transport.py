@@ -32,7 +32,7 @@ class BlockTransport:
         self._shared_memory_bytes = shared_memory_bytes
         # No serializers: frames are bytes.
         self._store_stream = channel.stream_stream("/polarcache.v1.KvCache/Store")
-        self._retrieve_stream = channel.stream_stream("/polarcache.v1.KvCache/Retrieve")
+        self._retrieve_stream = channel.unary_stream("/polarcache.v1.KvCache/Retrieve")
         self._lock = threading.Lock()
         self._service: pb.DescribeResponse | None = None
         self._local: LocalPool | None = None
