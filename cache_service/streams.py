@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from concurrent.futures import Future, wait
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import grpc
 
@@ -23,6 +23,7 @@ from polarcache.proto.v1 import polarcache_pb2 as pb
 __all__ = ["BlockStreams"]
 
 Context: TypeAlias = grpc.aio.ServicerContext
+ResultT = TypeVar("ResultT")
 # Messages of one store that are written at a time, each in a thread of its own.
 _MAX_TAKING = 2
 
@@ -50,7 +51,10 @@ class BlockStreams:
         try:
             await context.write(transfer.ready)
             await self._take_frames(context, transfer)
-            await context.write(await self._workers.io(transfer.commit))
+            if transfer.durable:
+                await context.write(await self._workers.io(transfer.commit))
+            else:
+                await context.write(transfer.commit())
         finally:
             # In a thread: it waits for what is being written.
             self._workers.io_later(transfer.close)
@@ -68,10 +72,10 @@ class BlockStreams:
             for frame in transfer.plan(self._config.frame_bytes):
                 building.append(self._workers.submit_cpu(transfer.message, frame))
                 if len(building) > 1:
-                    await context.write(await asyncio.wrap_future(building[0]))
+                    await context.write(await _done(building[0]))
                     del building[0]
             for future in building:
-                await context.write(await asyncio.wrap_future(future))
+                await context.write(await _done(future))
             complete = True
         finally:
             # In a thread, and nothing is awaited here, where a second cancellation could strike.
@@ -91,10 +95,10 @@ class BlockStreams:
                 future = self._workers.submit_cpu(transfer.take, request.spans, payload)
                 future.add_done_callback(interruption.if_failed)
                 taking.append(future)
-                if len(taking) > _MAX_TAKING:
-                    await asyncio.wrap_future(taking.popleft())
+                while taking and (taking[0].done() or len(taking) > _MAX_TAKING):
+                    await _done(taking.popleft())
         for future in taking:
-            await asyncio.wrap_future(future)
+            await _done(future)
 
     async def _read(self, context: Context) -> bytes:
         try:
@@ -135,13 +139,19 @@ class _Interruption:
 
     def if_failed(self, future: Future[None]) -> None:
         """In the thread that did the work: interrupts the task if it failed."""
-        if not future.cancelled() and future.exception() is not None:
-            self._loop.call_soon_threadsafe(self._interrupt, future.exception())
+        failure = None if future.cancelled() else future.exception()
+        if failure is not None:
+            self._loop.call_soon_threadsafe(self._interrupt, failure)
 
     def _interrupt(self, failure: BaseException) -> None:
         if self._is_waited_for and self._failure is None:
             self._failure = failure
             self._task.cancel()
+
+
+async def _done(future: Future[ResultT]) -> ResultT:
+    """A future's result, without a turn of the loop where it is there."""
+    return future.result() if future.done() else await asyncio.wrap_future(future)
 
 
 def _end(transfer: RetrieveTransfer, building: list[Future[bytes]], *, complete: bool) -> None:

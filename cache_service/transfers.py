@@ -96,7 +96,10 @@ class Transfers:
 
 
 class StoreTransfer:
-    """A store. Send `ready`, feed `take`, send what `commit` returns; `close` in any case."""
+    """A store. Send `ready`, feed `take`, send what `commit` returns; `close` in any case.
+
+    `commit` waits for Redis where the store is `durable`, else for nothing.
+    """
 
     def __init__(
         self,
@@ -109,7 +112,7 @@ class StoreTransfer:
         self._store = store
         self._namespace = namespace
         self._num_blocks = len(keys)
-        self._durable = begin.durable
+        self.durable = begin.durable
         self._counters = counters
         packed = _is_packed(begin.format)
         wanted = store.absent(namespace, keys)
@@ -137,8 +140,8 @@ class StoreTransfer:
         Raises:
             PolarCacheError: A block is not whole, or Redis did not confirm.
         """
-        num_stored = self._session.publish(durable=self._durable)
-        if self._durable and self._present_keys:
+        num_stored = self._session.publish(durable=self.durable)
+        if self.durable and self._present_keys:
             self._store.persist(self._namespace, self._present_keys)
         self._committed = True
         num_present = self._num_blocks - num_stored

@@ -166,11 +166,20 @@ class AsyncClient:
             await self._run(layers.close)
 
     async def retrieve_packed(
-        self, match: Match, *, first_block: int = 0, num_blocks: int | None = None
+        self,
+        match: Match,
+        *,
+        first_block: int = 0,
+        num_blocks: int | None = None,
+        out: Sequence[Buffer] | None = None,
     ) -> RetrievedPacked:
         """See `Client.retrieve_packed`."""
         return await self._run(
-            self._client.retrieve_packed, match, first_block=first_block, num_blocks=num_blocks
+            self._client.retrieve_packed,
+            match,
+            first_block=first_block,
+            num_blocks=num_blocks,
+            out=out,
         )
 
     async def delete(self, namespace: Namespace, block_keys: Sequence[bytes]) -> int:

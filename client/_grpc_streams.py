@@ -48,6 +48,8 @@ def run_store(
             with changed:
                 call.on_answer(answer)
                 changed.notify()
+            if call.result is not None:
+                break
     except grpc.RpcError as error:
         raise error_from_rpc(error) from error
     finally:

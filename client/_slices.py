@@ -75,18 +75,28 @@ class PackedSlices:
         num_layers: Layers of a block.
         slice_bytes: Bytes of a packed slice.
         blocks: One C-contiguous buffer of num_layers * slice_bytes bytes a block.
+        writable: Whether the slices will be written.
 
     Raises:
-        LayoutMismatchError: A buffer is of another length.
+        LayoutMismatchError: A buffer is of another length, or cannot be written.
     """
 
-    def __init__(self, num_layers: int, slice_bytes: int, blocks: Sequence[Buffer]) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        slice_bytes: int,
+        blocks: Sequence[Buffer],
+        *,
+        writable: bool = False,
+    ) -> None:
         self.slice_bytes = slice_bytes
         self._blocks = [memoryview(block).cast("B") for block in blocks]
+        expected = num_layers * slice_bytes
         for i, block in enumerate(self._blocks):
-            if len(block) != num_layers * slice_bytes:
+            if len(block) != expected or (writable and block.readonly):
+                kind = "writable bytes" if writable else "bytes"
                 raise LayoutMismatchError(
-                    f"packed block {i} is {len(block)} bytes; expected {num_layers * slice_bytes}"
+                    f"packed block {i} must be {expected} {kind}, got {len(block)}"
                 )
 
     def parts(self, block_index: int, layers: range) -> list[memoryview]:

@@ -256,15 +256,26 @@ class Client:
                 next(rest, None)
 
     def retrieve_packed(
-        self, match: Match, *, first_block: int = 0, num_blocks: int | None = None
+        self,
+        match: Match,
+        *,
+        first_block: int = 0,
+        num_blocks: int | None = None,
+        out: Sequence[Buffer] | None = None,
     ) -> RetrievedPacked:
-        """Like `retrieve`, but returns the blocks in packed form."""
+        """Like `retrieve`, but returns the blocks in packed form.
+
+        `out` has a writable buffer of `namespace.packed_block_bytes` bytes for each asked block.
+        """
         namespace = match.namespace
         call = RetrieveCall(match, first_block, num_blocks, packed=True)
         with self._transport.retrieving(call) as rest:
-            blocks = [bytearray(namespace.packed_block_bytes) for _ in range(call.num_blocks)]
+            if out is None:
+                out = [bytearray(namespace.packed_block_bytes) for _ in range(call.num_blocks)]
+            blocks = out[: call.num_blocks]
             num_layers = namespace.spec.layout.num_layers
-            call.write_to(PackedSlices(num_layers, namespace.packed_slice_bytes, blocks))
+            slice_bytes = namespace.packed_slice_bytes
+            call.write_to(PackedSlices(num_layers, slice_bytes, blocks, writable=True))
             for _ in rest:
                 pass
         return RetrievedPacked(blocks, call.miss_reason)

@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -270,13 +272,30 @@ def test_a_silent_worker_is_ended(start_service: Any, spec: NamespaceSpec, until
         yield raw.spans((0, 0, 1))
         ended.wait(30)
 
-    import threading
-
     ended = threading.Event()
     with pytest.raises(grpc.RpcError) as caught:
         list(raw.stub.Store(requests(), timeout=20))
     ended.set()
     assert "sent nothing for 300 ms" in (caught.value.details() or "")
+    until(lambda: raw.gauges() == before)
+
+
+def test_a_refused_message_ends_the_call_while_the_worker_is_silent(raw: Raw, until: Any) -> None:
+    before = raw.gauges()
+    ended = threading.Event()
+
+    def requests() -> Any:
+        yield raw.begin()
+        yield raw.spans((1, 0, 3))
+        yield wrong_checksum(raw)
+        ended.wait(30)
+
+    start_s = time.monotonic()
+    with pytest.raises(grpc.RpcError) as caught:
+        list(raw.stub.Store(requests(), timeout=25))
+    ended.set()
+    assert isinstance(error_from_rpc(caught.value), ChecksumMismatchError)
+    assert time.monotonic() - start_s < 15  # The service waits for 30 s for a silent worker.
     until(lambda: raw.gauges() == before)
 
 

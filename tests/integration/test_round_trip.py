@@ -84,6 +84,28 @@ def test_packing_in_the_worker_equals_packing_in_the_service(
     assert are_same(again.layers, decoded.layers)
 
 
+def test_packed_blocks_that_span_frames_come_into_given_buffers(
+    start_service: Any, spec: NamespaceSpec, make_layers: Any
+) -> None:
+    service = start_service("--redis", "off", "--frame-bytes", "256KiB")
+    spec = dataclasses.replace(spec, layout=KvLayout(5, 3, 64))
+    layers = make_layers(spec.layout, 3)
+    with service.client(shared_memory_bytes=0) as client:
+        namespace = client.open_namespace(spec)
+        assert 2 * namespace.packed_slice_bytes < 256 << 10 < namespace.packed_block_bytes
+        blocks = pack_blocks(namespace, layers)
+        client.store_packed(namespace, [b"a", b"b", b"c"], blocks)
+        match = client.lookup(namespace, [b"a", b"b", b"c", b"d"])
+        out = [bytearray(namespace.packed_block_bytes) for _ in range(3)]
+        got = client.retrieve_packed(match, out=out)
+        assert [bytes(block) for block in out] == [bytes(block) for block in blocks]
+        assert all(a is b for a, b in zip(got.blocks, out, strict=True))
+        with pytest.raises(LayoutMismatchError, match="writable bytes"):
+            client.retrieve_packed(match, out=[bytes(block) for block in out])
+        with pytest.raises(LayoutMismatchError, match="writable bytes"):
+            client.retrieve_packed(match, out=[block[:-1] for block in out])
+
+
 @pytest.mark.parametrize(
     "layout",
     [
