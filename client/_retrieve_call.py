@@ -140,9 +140,7 @@ class RetrieveCall:
                 f"{self._num_layers} layers"
             )
 
-    def _copy(
-        self, spans: Sequence[pb.Span], payload: memoryview, *, has_checksums: bool
-    ) -> None:
+    def _copy(self, spans: Sequence[pb.Span], payload: memoryview, *, has_checksums: bool) -> None:
         if self._target is None:
             raise InternalError("spans came before the header")
         start = 0
