@@ -146,7 +146,7 @@ class Service:
 
     async def stop(self) -> None:
         """Refuses new calls, finishes those that run, copies memory to Redis, stops."""
-        self._servicer.draining = True
+        self._servicer.drain()
         await self._health.enter_graceful_shutdown()
         if self._server is not None:
             await self._server.stop(self._config.drain_timeout_s)

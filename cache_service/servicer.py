@@ -77,6 +77,11 @@ class KvCacheServicer:
         self._workers = workers
         self._streams = BlockStreams(config, transfers, workers)
 
+    def drain(self) -> None:
+        """Refuses new calls and lets those that run end."""
+        self.draining = True
+        self._streams.drain()
+
     # -- workers ----------------------------------------------------------------------------
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:

@@ -41,10 +41,39 @@ class BlockStreams:
         self._config = config
         self._transfers = transfers
         self._workers = workers
+        self._idle: set[asyncio.Task[object]] = set()
+        self._is_draining = False
+
+    def drain(self) -> None:
+        """Ends the store streams that carry no call, and the others after their call."""
+        self._is_draining = True
+        for task in self._idle:
+            task.cancel()
 
     async def store(self, context: Context) -> None:
-        """Takes blocks from a worker."""
-        first = await self._read(context)
+        """Takes blocks from a worker: any number of calls, one after the other."""
+        while (first := await self._next_call(context)) is not None:
+            await self._store_once(context, first)
+
+    async def _next_call(self, context: Context) -> bytes | None:
+        """The first message of the next call; None when the worker, or the service, ends."""
+        task = asyncio.current_task()
+        if task is None:
+            raise RuntimeError("expected to run in a task")
+        if self._is_draining:
+            return None
+        self._idle.add(task)
+        try:
+            frame = await context.read()
+        except asyncio.CancelledError:
+            if not self._is_draining or task.uncancel():
+                raise
+            return None
+        finally:
+            self._idle.discard(task)
+        return None if frame is grpc.aio.EOF else bytes(frame)
+
+    async def _store_once(self, context: Context, first: bytes) -> None:
         transfer = await self._workers.io_owned(
             StoreTransfer.close, self._transfers.begin_store, first
         )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import grpc
 
-from polarcache.client._grpc_streams import run_retrieve, run_store
+from polarcache.client._grpc_streams import StoreStreams, run_retrieve
 from polarcache.client._local import LocalConnection, LocalPool
 from polarcache.client._retrieve_call import RetrieveCall
 from polarcache.client._store_call import StoreCall
@@ -31,7 +31,7 @@ class BlockTransport:
         self._timeout_s = timeout_s
         self._shared_memory_bytes = shared_memory_bytes
         # No serializers: frames are bytes.
-        self._store_stream = channel.stream_stream("/polarcache.v1.KvCache/Store")
+        self._stores = StoreStreams(channel.stream_stream("/polarcache.v1.KvCache/Store"))
         self._retrieve_stream = channel.unary_stream("/polarcache.v1.KvCache/Retrieve")
         self._lock = threading.Lock()
         self._service: pb.DescribeResponse | None = None
@@ -55,6 +55,7 @@ class BlockTransport:
             local, self._local, self._service = self._local, None, None
         if local is not None:
             local.close()
+        self._stores.close()
 
     def store(self, call: StoreCall) -> StoreResult:
         """Runs a store.
@@ -66,7 +67,7 @@ class BlockTransport:
             if local is not None:
                 call.use_slots(local.slots)
                 return local.store(call, self._timeout_s)
-            return run_store(self._store_stream, call, self._timeout_s)
+            return self._stores.store(call, self._timeout_s)
 
     @contextmanager
     def retrieving(self, call: RetrieveCall) -> Iterator[Iterator[None]]:
