@@ -77,13 +77,12 @@ class StoreStream:
             return self._answers.popleft()
 
     def _wait(self, is_there: Callable[[], bool], end_s: float) -> None:
-        is_over = self._sent_or_received.wait_for(
+        self._sent_or_received.wait_for(
             lambda: is_there() or self._failure is not None, end_s - time.monotonic()
         )
-        if not is_over:
-            raise DeadlineError("the service did not answer in time")
-        if self._failure is not None:
-            raise self._failure
+        # An answer counts even if the service ended the stream after it.
+        if not is_there():
+            raise self._failure or DeadlineError("the service did not answer in time")
 
     def _frames(self) -> Iterator[bytes]:
         """In gRPC's thread: what to send."""
