@@ -232,7 +232,7 @@ class _Call:
             views = {where.offset: self._view(where) for where in free}
             frame_bytes = min(where.length for where in free)
             self._send(transfer.header)
-            for frame in transfer.plan(frame_bytes):
+            for frame in transfer.frames(frame_bytes):
                 if not free:
                     if filling is not None:
                         self._send(filling.result())

@@ -98,7 +98,7 @@ class BlockStreams:
         complete = False
         try:
             await context.write(transfer.header)
-            for frame in transfer.plan(self._config.frame_bytes):
+            for frame in transfer.frames(self._config.frame_bytes):
                 building.append(self._workers.submit_cpu(transfer.message, frame))
                 if len(building) > 1:
                     await context.write(await _done(building[0]))

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from polarcache.cache_service.codec import Place
-from polarcache.cache_service.index import Entry
 from polarcache.cache_service.metrics import Counters
 from polarcache.cache_service.namespaces import Namespace, NamespaceRegistry
 from polarcache.cache_service.store import BlockStore, Pinned
@@ -21,18 +19,10 @@ from polarcache.cache_service.store_session import StoreSession
 from polarcache.proto.errors import InvalidRequestError
 from polarcache.proto.frames import Buffer, checksum, join_frame, split_frame
 from polarcache.proto.keys import MAX_BLOCK_KEY_BYTES
+from polarcache.proto.plan import Part, plan_frames
 from polarcache.proto.v1 import polarcache_pb2 as pb
 
-__all__ = ["RetrieveTransfer", "Run", "StoreTransfer", "Transfers", "check_keys"]
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Consecutive layers of one block on their way out."""
-
-    block_index: int
-    layers: range
-    entry: Entry
+__all__ = ["RetrieveTransfer", "StoreTransfer", "Transfers", "check_keys"]
 
 
 class Transfers:
@@ -156,7 +146,7 @@ class StoreTransfer:
 
 
 class RetrieveTransfer:
-    """A retrieve. Send `header`, then a frame for each of `plan`; `close` in any case."""
+    """A retrieve. Send `header`, then a frame for each of `frames`; `close` in any case."""
 
     def __init__(
         self,
@@ -173,28 +163,15 @@ class RetrieveTransfer:
         self._packed = packed
         self._counters = counters
         self.slice_bytes = namespace.codec.slice_bytes(packed=packed)
+        self._num_layers = namespace.spec.layout.num_layers
         header = pb.RetrieveHeader(num_blocks=len(pinned.entries), miss_reason=pinned.miss_reason)
         self.header = pb.RetrieveResponse(header=header).SerializeToString()
 
-    def plan(self, frame_bytes: int) -> Iterator[list[Run]]:
+    def frames(self, frame_bytes: int) -> Iterator[list[Part]]:
         """What goes into each frame: layer by layer, or block by block in packed form."""
-        per_frame = max(1, frame_bytes // self.slice_bytes)
-        frame: list[Run] = []
-        room = per_frame
-        for run in self._runs():
-            first = run.layers.start
-            while first < run.layers.stop:
-                end = min(run.layers.stop, first + room)
-                frame.append(Run(run.block_index, range(first, end), run.entry))
-                room -= end - first
-                first = end
-                if not room:
-                    yield frame
-                    frame, room = [], per_frame
-        if frame:
-            yield frame
+        return plan_frames(self._parts(), max(1, frame_bytes // self.slice_bytes))
 
-    def message(self, frame: list[Run]) -> bytes:
+    def message(self, frame: list[Part]) -> bytes:
         """A frame that carries its payload."""
         buffers = self._read(frame)
         spans = _spans(frame)
@@ -202,7 +179,7 @@ class RetrieveTransfer:
             span.checksum = checksum(buffer)
         return join_frame(pb.RetrieveResponse(spans=spans), buffers)
 
-    def into_region(self, frame: list[Run], where: pb.RegionRange, view: memoryview) -> bytes:
+    def into_region(self, frame: list[Part], where: pb.RegionRange, view: memoryview) -> bytes:
         """A frame whose payload is put into shared memory."""
         target = np.frombuffer(view, dtype=np.uint8)
         end = 0
@@ -225,30 +202,27 @@ class RetrieveTransfer:
         else:
             self._counters.add("retrieve_failed_requests_total")
 
-    def _runs(self) -> Iterator[Run]:
+    def _parts(self) -> Iterator[Part]:
         """A worker can use RAW layers as they come; a packed block is of use when it is whole."""
-        layers = range(self._namespace.spec.layout.num_layers)
-        parts = [layers] if self._packed else [layers[i : i + 1] for i in layers]
-        for part in parts:
-            for i, entry in enumerate(self._pinned.entries):
-                yield Run(i, part, entry)
+        layers = range(self._num_layers)
+        for part in [layers] if self._packed else [layers[i : i + 1] for i in layers]:
+            for block_index in range(len(self._pinned.entries)):
+                yield block_index, part
 
-    def _read(self, frame: list[Run]) -> list[Buffer]:
+    def _read(self, frame: list[Part]) -> list[Buffer]:
         start_ns = time.monotonic_ns()
-        memory = self._store.memory
-        places = [Place(memory.view(run.entry.page), run.layers) for run in frame]
+        entries, memory = self._pinned.entries, self._store.memory
+        places = [Place(memory.view(entries[i].page), layers) for i, layers in frame]
         buffers = self._namespace.codec.read(places, packed=self._packed)
         self._counters.add("codec_decode_ns_total", time.monotonic_ns() - start_ns)
         self._counters.add("sent_payload_bytes_total", sum(len(buffer) for buffer in buffers))
         return buffers
 
 
-def _spans(frame: list[Run]) -> list[pb.Span]:
+def _spans(frame: list[Part]) -> list[pb.Span]:
     return [
-        pb.Span(
-            block_index=run.block_index, first_layer=run.layers.start, num_layers=len(run.layers)
-        )
-        for run in frame
+        pb.Span(block_index=i, first_layer=layers.start, num_layers=len(layers))
+        for i, layers in frame
     ]
 
 

@@ -9,6 +9,7 @@ from polarcache.client._slices import PackedSlices, RawSlices
 from polarcache.client._types import Namespace, StoreResult
 from polarcache.proto.errors import InternalError
 from polarcache.proto.frames import checksum, join_frame
+from polarcache.proto.plan import Part, plan_frames
 from polarcache.proto.v1 import polarcache_pb2 as pb
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class StoreCall:
         self._slices = slices
         self._first_block = first_block
         self._durable = durable
-        self._frames: Iterator[list[tuple[int, range]]] = iter(())
+        self._frames: Iterator[list[Part]] = iter(())
         self._per_frame = max(1, frame_bytes // slices.slice_bytes)
         self.slice_bytes = slices.slice_bytes
         self._uses_slots = False
@@ -130,20 +131,6 @@ class StoreCall:
         """Last frame."""
         return pb.StoreRequest(commit=True).SerializeToString()
 
-    def _plan(self, wanted: Sequence[int]) -> Iterator[list[tuple[int, range]]]:
-        """Layers of blocks for each frame."""
-        num_layers = self._namespace.spec.layout.num_layers
-        frame: list[tuple[int, range]] = []
-        room = self._per_frame
-        for block_index in wanted:
-            first = 0
-            while first < num_layers:
-                end = min(num_layers, first + room)
-                frame.append((block_index, range(first, end)))
-                room -= end - first
-                first = end
-                if not room:
-                    yield frame
-                    frame, room = [], self._per_frame
-        if frame:
-            yield frame
+    def _plan(self, wanted: Sequence[int]) -> Iterator[list[Part]]:
+        layers = range(self._namespace.spec.layout.num_layers)
+        return plan_frames(((block_index, layers) for block_index in wanted), self._per_frame)
