@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import socket
 import statistics
 import subprocess
 import sys
@@ -29,33 +28,31 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from polarcache.client import Client, KvLayout, Namespace, NamespaceSpec, keep_freed_memory
+from polarcache.client import (
+    Client,
+    KvLayout,
+    Match,
+    Namespace,
+    NamespaceSpec,
+    keep_freed_memory,
+)
 from polarcache.client.codec import pack_blocks
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from raw_socket import RawSocket
 
 # One block is 1 MiB in fp16: two layers of 128 tokens, 8 heads of 128 channels.
 LAYOUT = KvLayout(num_layers=2, num_kv_heads=8, head_dim=128)
 PACKED_PROFILE = "k=pair:r4t4,v=int4"
-RAW_SERVER = """
-import socket, sys
-listener = socket.create_server(("127.0.0.1", 0))
-print(listener.getsockname()[1], flush=True)
-connection, _ = listener.accept()
-buffer = memoryview(bytearray(64 << 20))
-while command := connection.recv(9, socket.MSG_WAITALL):
-    size = int.from_bytes(command[1:], "little")
-    if command[:1] == b"p":
-        done = 0
-        while done < size:
-            done += connection.recv_into(buffer[done:size])
-        connection.sendall(b"k")
-    else:
-        connection.sendall(buffer[:size])
-"""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. Times are medians of one call, milliseconds."""
+    """One line of the table. Times are medians of one call, milliseconds.
+
+    CPU times are those of the worker and of the service until its reply, all threads.
+    """
 
     path: str
     megabytes: int
@@ -65,44 +62,16 @@ class Row:
     store_gb_s: float
     retrieve_gb_s: float
     store_ms: float
+    store_worker_cpu_ms: float
+    store_service_cpu_ms: float
     store_codec_ms: float
     store_redis_ms: float
     retrieve_ms: float
+    retrieve_worker_cpu_ms: float
+    retrieve_service_cpu_ms: float
     retrieve_codec_ms: float
     retrieve_redis_ms: float
     pairs: int
-
-
-class RawSocket:
-    """The baseline: bytes over loopback TCP between two processes."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen([sys.executable, "-c", RAW_SERVER], stdout=subprocess.PIPE)
-        assert self._process.stdout is not None
-        port = int(self._process.stdout.readline())
-        self._socket = socket.create_connection(("127.0.0.1", port))
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._target = memoryview(bytearray(64 << 20))
-
-    def put(self, source: list[memoryview]) -> None:
-        """Sends the buffers and waits for the acknowledgement."""
-        size = sum(len(part) for part in source)
-        self._socket.sendall(b"p" + size.to_bytes(8, "little"))
-        for part in source:
-            self._socket.sendall(part)
-        self._socket.recv(1)
-
-    def get(self, size: int) -> None:
-        """Asks for bytes and receives them into one buffer."""
-        self._socket.sendall(b"g" + size.to_bytes(8, "little"))
-        done = 0
-        while done < size:
-            done += self._socket.recv_into(self._target[done:size])
-
-    def close(self) -> None:
-        """Ends both sides."""
-        self._socket.close()
-        self._process.wait(10)
 
 
 @contextmanager
@@ -135,8 +104,24 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start_s
 
 
+def timed_with_cpu(work: Callable[[], object], service_pid: int) -> tuple[float, float, float]:
+    """Seconds, CPU seconds of this process, and CPU seconds of the service."""
+    # What clock_getcpuclockid returns on Linux.
+    service_clock = (~service_pid << 3) | 2
+    start_s, service_start_s = time.process_time(), time.clock_gettime(service_clock)
+    elapsed_s = timed(work)
+    service_s = time.clock_gettime(service_clock) - service_start_s
+    return elapsed_s, time.process_time() - start_s, service_s
+
+
 def measure(
-    client: Client, raw: RawSocket, path: str, megabytes: int, frame_mib: int, pairs: int
+    client: Client,
+    service_pid: int,
+    raw: RawSocket,
+    path: str,
+    megabytes: int,
+    frame_mib: int,
+    pairs: int,
 ) -> Row:
     """Medians of `pairs` interleaved pairs, after two that are not counted."""
     packed, redis = path.startswith("packed"), path.endswith("Redis")
@@ -148,25 +133,36 @@ def measure(
     views = [tensor.numpy().reshape(-1).view("uint8").data for pair in layers for tensor in pair]
     target = random_layers(megabytes)
     blocks = pack_blocks(namespace, layers) if packed else []
+    packed_target = [bytearray(namespace.packed_block_bytes) for _ in blocks]
     size = megabytes << 20
     store_ratios, retrieve_ratios, store_s, retrieve_s = [], [], [], []
+    store_cpu_s: list[tuple[float, float]] = []
+    retrieve_cpu_s: list[tuple[float, float]] = []
     encode_ns, decode_ns, write_ns, read_ns = [], [], [], []
     for number in range(pairs + 2):
         keys = [number.to_bytes(4, "big") + i.to_bytes(4, "big") for i in range(megabytes)]
         before = client.stats().counters
-        if packed:
-            store = timed(lambda keys=keys: client.store_packed(namespace, keys, blocks))
-        else:
-            store = timed(lambda keys=keys: client.store(namespace, keys, layers, durable=redis))
+
+        def store_blocks(keys: list[bytes] = keys) -> None:
+            if packed:
+                client.store_packed(namespace, keys, blocks)
+            else:
+                client.store(namespace, keys, layers, durable=redis)
+
+        store, *store_cpu = timed_with_cpu(store_blocks, service_pid)
         raw_put = timed(lambda: raw.put(views))
         between = client.stats().counters
         if redis:
             client.clear(namespace, tiers=["memory"])
         match = client.lookup(namespace, keys)
-        if packed:
-            retrieve = timed(lambda match=match: client.retrieve_packed(match))
-        else:
-            retrieve = timed(lambda match=match: client.retrieve(match, out=target))
+
+        def retrieve_blocks(match: Match = match) -> None:
+            if packed:
+                client.retrieve_packed(match, out=packed_target)
+            else:
+                client.retrieve(match, out=target)
+
+        retrieve, *retrieve_cpu = timed_with_cpu(retrieve_blocks, service_pid)
         raw_get = timed(lambda: raw.get(size))
         after = client.stats().counters
         client.release(match)
@@ -177,6 +173,8 @@ def measure(
         retrieve_ratios.append(raw_get / retrieve)
         store_s.append(store)
         retrieve_s.append(retrieve)
+        store_cpu_s.append((store_cpu[0], store_cpu[1]))
+        retrieve_cpu_s.append((retrieve_cpu[0], retrieve_cpu[1]))
         for name, start, end, series in (
             ("codec_encode_ns_total", before, between, encode_ns),
             ("codec_decode_ns_total", between, after, decode_ns),
@@ -185,6 +183,10 @@ def measure(
         ):
             series.append(end[name] - start[name])
     median = statistics.median
+
+    def cpu_ms(pairs_s: list[tuple[float, float]], side: int) -> float:
+        return round(median(pair[side] for pair in pairs_s) * 1e3, 2)
+
     return Row(
         path=path,
         megabytes=megabytes,
@@ -194,9 +196,13 @@ def measure(
         store_gb_s=round(size / median(store_s) / 1e9, 2),
         retrieve_gb_s=round(size / median(retrieve_s) / 1e9, 2),
         store_ms=round(median(store_s) * 1e3, 2),
+        store_worker_cpu_ms=cpu_ms(store_cpu_s, 0),
+        store_service_cpu_ms=cpu_ms(store_cpu_s, 1),
         store_codec_ms=round(median(encode_ns) / 1e6, 2),
         store_redis_ms=round(median(write_ns) / 1e6, 2),
         retrieve_ms=round(median(retrieve_s) * 1e3, 2),
+        retrieve_worker_cpu_ms=cpu_ms(retrieve_cpu_s, 0),
+        retrieve_service_cpu_ms=cpu_ms(retrieve_cpu_s, 1),
         retrieve_codec_ms=round(median(decode_ns) / 1e6, 2),
         retrieve_redis_ms=round(median(read_ns) / 1e6, 2),
         pairs=pairs,
@@ -256,8 +262,9 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['machine']}, commit {result['commit']}. Ratios of fp16-equivalent bytes a second "
         "to a raw TCP socket that moves the same fp16 bytes between two processes; medians of "
         "interleaved pairs. `*_codec_ms` is the time in codec, checks and page copies, summed over "
-        "threads, `*_redis_ms` the time in Redis; the rest is the wire. The memory tier's time is "
-        "that of its page copies. `via Redis` stores durably and retrieves from Redis alone.",
+        "threads, `*_redis_ms` the time in Redis, `*_cpu_ms` the CPU time of all threads. The "
+        "memory tier's time is that of its page copies. `via Redis` stores durably and retrieves "
+        "from Redis alone.",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),
@@ -308,25 +315,27 @@ def main() -> None:
             with service(directory, *flags) as (endpoint, process):
                 with Client(endpoint, shared_memory_bytes=0) as over_tcp:
                     for size in sizes:
-                        rows.append(measure(over_tcp, raw, "exact", size, frame_mib, options.pairs))
-                        rows.append(
-                            measure(
-                                over_tcp, raw, "packed by worker", size, frame_mib, options.pairs
-                            )
-                        )
+                        for path in ("exact", "packed by worker"):
+                            rows.append(
+                                measure(
+                                    over_tcp, process.pid, raw, path, size, frame_mib,
+                                    options.pairs,
+                                )
+                            )  # fmt: skip
                     if frame_mib == 2:
-                        rows.append(
-                            measure(over_tcp, raw, "coded by service", 16, 2, options.pairs)
-                        )
+                        path = "coded by service"
+                        rows.append(measure(over_tcp, process.pid, raw, path, 16, 2, options.pairs))
                 if frame_mib == 4:
                     with Client(endpoint) as shared:
+                        path = "exact, shared memory"
                         for size in sizes:
                             rows.append(
-                                measure(shared, raw, "exact, shared memory", size, 4, options.pairs)
+                                measure(shared, process.pid, raw, path, size, 4, options.pairs)
                             )
         flags = ("--memory", "1GiB", "--redis", "embedded")
         with service(directory, *flags) as (endpoint, process), Client(endpoint) as client:
-            rows.append(measure(client, raw, "exact, via Redis", 16, 4, options.pairs))
+            path = "exact, via Redis"
+            rows.append(measure(client, process.pid, raw, path, 16, 4, options.pairs))
         with service(directory, "--memory", "1GiB", "--redis", "off") as (endpoint, process):
             resident = resident_per_packed_byte(endpoint, process)
     raw.close()
