@@ -111,15 +111,17 @@ class KvCacheServicer(object):
     def Store(self, request_iterator, context):
         """Stores blocks. The worker sends `begin`; the service answers `ready` with the blocks it
         lacks; the worker sends spans of those in any order, then `commit`; the service answers
-        `result`. Nothing is visible before that, everything is after.
+        `result`. Nothing is visible before that, everything is after. Then the worker may begin the
+        next store on the same stream, or end it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Retrieve(self, request_iterator, context):
-        """Reads leased blocks, layer by layer: all blocks' layer 0 first. The worker sends `begin`; the
-        service answers `header` and then frames of spans, and ends the stream.
+        """Reads leased blocks: RAW layer by layer, all blocks' layer 0 first; PACKED block by block. The
+        worker sends `begin`; the service answers `header` and then frames of spans, and ends the
+        stream.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
