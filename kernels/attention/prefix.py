@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,9 @@ from polarcache.kernels.attention.batch import PrefixBatch
 from polarcache.kernels.attention.options import AttentionOptions
 from polarcache.kernels.codec import Codec
 from polarcache.kernels.errors import ShapeError
+
+if TYPE_CHECKING:
+    from polarcache.kernels.attention.portable import PortableAttention
 
 __all__ = ["PrefixAttention"]
 
@@ -45,6 +50,7 @@ class PrefixAttention:
         self.codec = codec
         self.query_heads = query_heads
         self.options = options or AttentionOptions()
+        self._portable: tuple[PortableAttention | None] | None = None
 
     def workspace_bytes(self, num_queries: int, num_sequences: int, max_pages: int) -> int:
         """Returns the bytes of scratch memory that a call of at most these sizes needs.
@@ -54,8 +60,10 @@ class PrefixAttention:
             num_sequences: sequences.
             max_pages: columns of the page table.
         """
-        del num_queries, num_sequences, max_pages
-        return 0
+        portable = self._portable_form() if torch.cuda.is_available() else None
+        if portable is None:
+            return 0
+        return portable.workspace_bytes(num_queries, num_sequences, max_pages)
 
     def __call__(
         self,
@@ -83,8 +91,29 @@ class PrefixAttention:
             ShapeError: a tensor differs from the above.
         """
         self._check(query, batch, out, lse)
-        if query.shape[0]:
+        if not query.shape[0]:
+            return
+        # On a GPU the portable kernels where they know the codec; else plain torch.
+        portable = self._portable_form() if query.is_cuda else None
+        if portable is not None:
+            portable.attend(query, batch, out, lse, workspace)
+        else:
             plain.attend(self.codec, query, batch, self.options, out, lse)
+
+    def _portable_form(self) -> PortableAttention | None:
+        """Returns the Triton kernels, None where the codec has none."""
+        if self._portable is None:
+            # Imported here, so that the CPU path needs no Triton.
+            from polarcache.kernels.attention.portable import PortableAttention
+
+            num_sms = max(
+                torch.cuda.get_device_properties(index).multi_processor_count
+                for index in range(torch.cuda.device_count())
+            )
+            self._portable = (
+                PortableAttention.of(self.codec, self.query_heads, self.options, num_sms),
+            )
+        return self._portable[0]
 
     def _check(self, query: Tensor, batch: PrefixBatch, out: Tensor, lse: Tensor) -> None:
         shape = self.codec.shape

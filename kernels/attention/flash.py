@@ -1,0 +1,240 @@
+"""Attention over packed pages in Triton: tiles of tokens with a running softmax, then a merge.
+
+Source: split-KV decoding after Dao et al. (arXiv 2205.14135, 2307.08691); the running softmax is
+Milakov and Gimelshein's (arXiv 1805.02867). Keys and values are decoded in registers, from the
+bytes as they lie in the pages.
+"""
+
+import triton
+import triton.language as tl
+
+from polarcache.kernels.attention.load_keys import key_channels, load_keys
+from polarcache.kernels.attention.load_values import load_values, value_channels
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# What the low half of an fp32 query is raised by: 11 bits lie in the high half.
+LOW_SHIFT = tl.constexpr(2048.0)
+
+
+@triton.jit
+def _rows(starts_ptr, sequence, tile, BM: tl.constexpr, SHARE: tl.constexpr):
+    """Returns this program's query rows, heads of the share, and whether they exist, [BM] each."""
+    start = tl.load(starts_ptr + sequence)
+    stop = tl.load(starts_ptr + sequence + 1)
+    flat = tile * BM + tl.arange(0, BM)
+    row = start + flat // SHARE
+    return row, flat % SHARE, row < stop
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr,
+    memory_ptr,
+    table_ptr,
+    lengths_ptr,
+    starts_ptr,
+    positions_ptr,
+    out_ptr,
+    lse_ptr,
+    max_pages,
+    slice_offset,
+    row_tiles,
+    splits,
+    scale,
+    soft_cap,
+    window,
+    sinks,
+    KEY_KIND: tl.constexpr,
+    KEY: tl.constexpr,
+    VALUE_KIND: tl.constexpr,
+    VALUE: tl.constexpr,
+    ELEMENT: tl.constexpr,
+    T: tl.constexpr,
+    HEADS: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    ROTARY: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    SHARE: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    SCORES: tl.constexpr,
+    WIDE_K: tl.constexpr,
+    WIDE_V: tl.constexpr,
+    FAST: tl.constexpr,
+    BM: tl.constexpr,
+    BT: tl.constexpr,
+    SPLIT: tl.constexpr,
+):
+    """Attends with BM rows of one KV head to one split of their sequence's tokens.
+
+    Grid: (sequences * row_tiles, HEADS, splits).
+    Reads: q fp16, bf16 or fp32 [num_queries, HEADS * SHARE, D]; memory uint8; table, lengths,
+    starts, positions int32, as `PrefixBatch` has them.
+    Writes: out fp32, every element of existing rows: [num_queries, HEADS * SHARE, DV] with one
+    split, else [programs, BM, DV]; lse fp32, natural logarithm, [num_queries, HEADS * SHARE] or
+    [programs, BM].
+    Precision: fp32 sums of products that `SCORES` names: `half` takes coded keys as fp16 and
+    queries as one (fp32 ones as two) fp16 numbers and an exponent a row; `same` multiplies exact
+    keys with queries of their dtype; `tf32` and `tf32x3` name Triton's precision of fp32 products.
+    """
+    sequence = tl.program_id(0) // row_tiles
+    row, share, exists = _rows(starts_ptr, sequence, tl.program_id(0) % row_tiles, BM, SHARE)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    if tl.max(exists.to(tl.int32), 0) == 0:
+        return
+    length = tl.load(lengths_ptr + sequence)
+    query_head = row * (HEADS * SHARE) + head * SHARE + share
+    column = tl.arange(0, WIDE_K)
+    channel, known = key_channels(column, KEY_KIND, D, ROTARY, INTERLEAVED)
+    at = q_ptr + query_head.to(tl.int64)[:, None] * D + channel[None, :]
+    q = tl.load(at, mask=exists[:, None] & known[None, :], other=0.0)
+    factor = tl.full([BM], scale, tl.float32)
+    if SCORES == "half":
+        wide = q.to(tl.float32)
+        # The power of two at or below a row's largest number: no row leaves the range of fp16.
+        peak = tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True) & 0x7F800000
+        unit = tl.where(peak == 0, 1.0, peak.to(tl.float32, bitcast=True))
+        wide = wide / unit[:, None]
+        factor *= unit
+        q_high = wide.to(tl.float16)
+        q_low = ((wide - q_high.to(tl.float32)) * LOW_SHIFT).to(tl.float16)
+    elif SCORES == "same":
+        q_high = q
+    else:
+        q_high = q.to(tl.float32)
+
+    # Tiles of a page never reach into the next; those a window hides are left out.
+    PAGE_TILES: tl.constexpr = (T + BT - 1) // BT
+    tiles = length // T * PAGE_TILES + (length % T + BT - 1) // BT
+    first_tile = 0
+    sink_tiles = 0
+    if positions_ptr is not None:
+        position = tl.load(positions_ptr + row, mask=exists, other=2147483647)
+        oldest = tl.maximum(tl.min(position, 0) - window + 1, 0)
+        first_tile = tl.minimum(oldest // T * PAGE_TILES + oldest % T // BT, tiles)
+        sink_tiles = tl.minimum(sinks // T * PAGE_TILES + (sinks % T + BT - 1) // BT, first_tile)
+    count = sink_tiles + tiles - first_tile
+    each = (count + splits - 1) // splits
+    begin = split * each
+    end = tl.minimum(begin + each, count)
+
+    peak_of_row = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    summed = tl.zeros([BM, WIDE_V], tl.float32)
+    pages_ptr = table_ptr + sequence.to(tl.int64) * max_pages
+    tile = tl.where(begin < sink_tiles, begin, begin - sink_tiles + first_tile)
+    unit_of_page = tl.load(pages_ptr + tile // PAGE_TILES, mask=begin < end, other=0)
+    for index in range(begin, end):
+        slice_ptr = memory_ptr + (unit_of_page.to(tl.int64) * 256 + slice_offset)
+        page = tile // PAGE_TILES
+        first_token = tile % PAGE_TILES * BT
+        token = first_token + tl.arange(0, BT)
+        place = page * T + token
+        seen = place < length
+        if T % BT != 0:
+            seen &= token < T
+            token = tl.minimum(token, T - 1)
+        # The next tile's page is looked up while this one is worked on.
+        tile = tl.where(index + 1 < sink_tiles, index + 1, index + 1 - sink_tiles + first_tile)
+        unit_of_page = tl.load(pages_ptr + tile // PAGE_TILES, mask=index + 1 < end, other=0)
+
+        k = load_keys(
+            slice_ptr, head, token, first_token, KEY_KIND, KEY, ELEMENT, T, HEADS, D, WIDE_K, FAST
+        )
+        if SCORES == "half":
+            scores = tl.dot(q_high, tl.trans(k))
+            if q_ptr.dtype.element_ty == tl.float32:
+                scores += tl.dot(q_low, tl.trans(k)) * (1.0 / LOW_SHIFT)
+        elif SCORES == "same":
+            scores = tl.dot(q_high, tl.trans(k))
+        else:
+            scores = tl.dot(q_high, tl.trans(k.to(tl.float32)), input_precision=SCORES)
+        scores = scores * factor[:, None]
+        if HAS_CAP:
+            scores = soft_cap * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2 * LOG2_E / soft_cap))))
+        scores = scores * LOG2_E
+        visible = seen[None, :]
+        if positions_ptr is not None:
+            inside = place[None, :] > (position - window)[:, None]
+            visible = visible & (inside | (place < sinks)[None, :])
+        scores = tl.where(visible, scores, float("-inf"))
+        new_peak = tl.maximum(peak_of_row, tl.max(scores, 1))
+        # A row that has seen no token yet has peak -inf: shift by 0 there.
+        shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        weights = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(peak_of_row - shift)
+        total = total * decay + tl.sum(weights, 1)
+        summed = summed * decay[:, None]
+        peak_of_row = new_peak
+        v = load_values(
+            slice_ptr, head, token, seen, VALUE_KIND, VALUE, ELEMENT, T, HEADS, DV, WIDE_V
+        )
+        if v.dtype == tl.float32:
+            summed += tl.dot(weights, v, input_precision="tf32x3")
+        else:
+            high = weights.to(v.dtype)
+            summed = tl.dot(high, v, summed)
+            if v.dtype == tl.bfloat16:
+                low = (weights - high.to(tl.float32)).to(tl.bfloat16)
+                summed = tl.dot(low, v, summed)
+
+    some = total > 0
+    summed = summed / tl.where(some, total, 1.0)[:, None]
+    lse = tl.where(some, (peak_of_row + tl.log2(total)) * LN_2, float("-inf"))
+    column = tl.arange(0, WIDE_V)
+    channel, known = value_channels(column, VALUE_KIND, DV)
+    if SPLIT:
+        program = (tl.program_id(0) * HEADS + head) * splits + split
+        place = program.to(tl.int64) * BM + tl.arange(0, BM)
+    else:
+        place = query_head.to(tl.int64)
+    at = out_ptr + place[:, None] * DV + channel[None, :]
+    tl.store(at, summed, mask=exists[:, None] & known[None, :])
+    tl.store(lse_ptr + place, lse, mask=exists)
+
+
+@triton.jit
+def merge_kernel(
+    part_ptr,
+    part_lse_ptr,
+    starts_ptr,
+    out_ptr,
+    lse_ptr,
+    row_tiles,
+    splits,
+    HEADS: tl.constexpr,
+    DV: tl.constexpr,
+    SHARE: tl.constexpr,
+    BM: tl.constexpr,
+    WIDE_V: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Merges the splits of one row: out = sum of out_s e^(lse_s - lse), lse = log sum e^lse_s.
+
+    Grid: (sequences * row_tiles, HEADS, BM).
+    Reads: part fp32 [programs, BM, DV] and part_lse fp32 [programs, BM] of `attend_kernel`.
+    Writes: out fp32 [num_queries, HEADS * SHARE, DV], lse fp32 [num_queries, HEADS * SHARE].
+    """
+    sequence = tl.program_id(0) // row_tiles
+    head = tl.program_id(1)
+    flat = tl.program_id(0) % row_tiles * BM + tl.program_id(2)
+    row = tl.load(starts_ptr + sequence) + flat // SHARE
+    if row >= tl.load(starts_ptr + sequence + 1):
+        return
+    split = tl.arange(0, SPLITS)
+    program = (tl.program_id(0) * HEADS + head) * splits + split
+    place = program.to(tl.int64) * BM + tl.program_id(2)
+    part_lse = tl.load(part_lse_ptr + place, mask=split < splits, other=float("-inf"))
+    peak = tl.max(part_lse, 0)
+    weights = tl.exp2((part_lse - tl.where(peak == float("-inf"), 0.0, peak)) * LOG2_E)
+    total = tl.sum(weights, 0)
+    column = tl.arange(0, WIDE_V)
+    at = part_ptr + place[:, None] * DV + column[None, :]
+    parts = tl.load(at, mask=(weights > 0)[:, None] & (column < DV)[None, :], other=0.0)
+    merged = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
+    query_head = (row * (HEADS * SHARE) + head * SHARE + flat % SHARE).to(tl.int64)
+    tl.store(out_ptr + query_head * DV + column, merged, mask=column < DV)
+    lse = tl.where(total > 0, peak + tl.log2(total) * LN_2, float("-inf"))
+    tl.store(lse_ptr + query_head, lse)

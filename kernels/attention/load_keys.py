@@ -1,0 +1,112 @@
+"""Keys of chosen tokens, decoded in registers: device functions. Math: kernels/polar/README.md."""
+
+import triton
+import triton.language as tl
+
+from polarcache.kernels.attention.load_words import pair_codes
+from polarcache.kernels.gpu.pair_decode import _turn
+from polarcache.kernels.gpu.pair_encode import pair_channels
+
+TAU = tl.constexpr(6.283185307179586)
+
+
+@triton.jit
+def key_channels(column, KIND: tl.constexpr, D: tl.constexpr, ROTARY: tl.constexpr,
+                 INTERLEAVED: tl.constexpr):  # fmt: skip
+    """Returns the channel of each column that `load_keys` gives, and whether there is one.
+
+    Exact columns are channels. Else column 16 k + 4 c + 2 h + s is channel s of pair 8 k + 4 h + c.
+    """
+    if KIND == "exact":
+        return column, column < D
+    else:
+        pair = column // 16 * 8 + column // 4 % 4 + column // 2 % 2 * 4
+        first, second = pair_channels(pair, D, ROTARY, INTERLEAVED)
+        return tl.where(column % 2 == 0, first, second), column < D
+
+
+@triton.jit
+def load_keys(slice_ptr, head, token, first_token, KIND: tl.constexpr, KEY: tl.constexpr,
+              ELEMENT: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+              DK: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    """Returns keys [tokens, DK] in the order of `key_channels`; finite columns beyond D.
+
+    Args:
+        slice_ptr: uint8, first byte of the packed slice.
+        head: KV head.
+        token: int32 [tokens], tokens of the slice, all of one group.
+        first_token: the first of them.
+        KIND: `exact`, `pair` or `arc2`.
+        KEY: constants of the kind, as `portable.py` makes them.
+        ELEMENT: dtype of exact elements; others are given as fp16.
+        T: tokens of the slice.
+        HEADS: its KV heads.
+        D: channels of a head.
+        DK: D rounded up to a power of two.
+        FAST: whether to use the device's own cosine and sine, within 3e-6.
+    """
+    if KIND == "exact":
+        column = tl.arange(0, DK)
+        elements_ptr = (slice_ptr + KEY[0]).to(tl.pointer_type(ELEMENT))
+        at = (token * HEADS + head)[:, None] * D + column[None, :]
+        return tl.load(elements_ptr + at, mask=column[None, :] < D, other=0.0)
+    else:
+        R_BITS: tl.constexpr = KEY[0]
+        T_BITS: tl.constexpr = KEY[1]
+        GROUP: tl.constexpr = KEY[2]
+        index = tl.arange(0, DK // 4)
+        column = index % 4
+        step = tl.minimum(index // 4, D // 16 - 1)
+        codes = pair_codes(
+            slice_ptr + KEY[4], head, token, step, column, T, D, R_BITS + T_BITS, KEY[3]
+        )
+        group = head * (T // GROUP) + first_token // GROUP
+        x_0, y_0 = _decoded(slice_ptr, codes[0], group, step, column, KIND, KEY, D, FAST)
+        x_4, y_4 = _decoded(slice_ptr, codes[1], group, step, column + 4, KIND, KEY, D, FAST)
+        both = tl.join(tl.join(x_0, x_4), tl.join(y_0, y_4))
+        return tl.reshape(both, [token.shape[0], DK])
+
+
+@triton.jit
+def _decoded(slice_ptr, codes, group, step, column, KIND: tl.constexpr, KEY: tl.constexpr,
+             D: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    """Decodes codes [tokens, steps] of pairs 8 step + column at the centres of their bins."""
+    T_BITS: tl.constexpr = KEY[1]
+    if KIND == "pair":
+        at = (slice_ptr + KEY[5]).to(tl.pointer_type(tl.float16))
+        at += group * (2 * D) + column * (D // 16) + step
+        radius_zero = tl.load(at).to(tl.float32)
+        radius_scale = tl.load(at + D // 2).to(tl.float32)
+        angle_zero = tl.load(at + D).to(tl.float32)
+        angle_scale = tl.load(at + D // 2 * 3).to(tl.float32)
+    else:
+        pair = 8 * step + column
+        at = (slice_ptr + KEY[6]).to(tl.pointer_type(tl.float16)) + group * D + pair
+        radius_zero = tl.load(at).to(tl.float32)
+        radius_scale = tl.load(at + D // 2).to(tl.float32)
+        arcs_ptr = slice_ptr + KEY[5] + group * D + pair
+        arcs = (tl.load(arcs_ptr).to(tl.int32) << 8) | tl.load(arcs_ptr + D // 2).to(tl.int32)
+        step_of_angle = 1 << (16 - T_BITS - tl.minimum(arcs & 15, 8))
+        angle_zero = (arcs >> 4).to(tl.float32) * (TAU / 4096)
+        angle_scale = step_of_angle.to(tl.float32) * (TAU / 65536)
+    radius_code = (codes >> T_BITS).to(tl.float32)
+    angle_code = (codes & ((1 << T_BITS) - 1)).to(tl.float32)
+    radius = (radius_zero + 0.5 * radius_scale)[None, :] + radius_code * radius_scale[None, :]
+    angle = (angle_zero + 0.5 * angle_scale)[None, :] + angle_code * angle_scale[None, :]
+    cosine, sine = cosine_and_sine(angle, FAST)
+    return (cosine * radius).to(tl.float16), (sine * radius).to(tl.float16)
+
+
+@triton.jit
+def cosine_and_sine(angle, FAST: tl.constexpr):
+    """Returns cosine and sine of fp32 angles of at most a few turns."""
+    if FAST:
+        cosine = tl.inline_asm_elementwise(
+            "cos.approx.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
+        )
+        sine = tl.inline_asm_elementwise(
+            "sin.approx.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        cosine, sine = _turn(angle)
+    return cosine, sine

@@ -1,0 +1,89 @@
+"""Values of chosen tokens, decoded in registers: device functions. Math: kernels/values.py."""
+
+import triton
+import triton.language as tl
+
+from polarcache.kernels.attention.load_words import channel_codes
+from polarcache.kernels.gpu.integer import FP16_MAX
+
+
+@triton.jit
+def value_channels(column, KIND: tl.constexpr, D: tl.constexpr):
+    """Returns the channel of each column that `load_values` gives, and whether there is one.
+
+    Exact columns are channels. Else column 16 k + 2 g + h is channel 16 k + 8 h + g.
+    """
+    channel = column // 16 * 16 + column // 2 % 8 + column % 2 * 8
+    return column if KIND == "exact" else channel, column < D
+
+
+@triton.jit
+def load_values(slice_ptr, head, token, seen, KIND: tl.constexpr, VALUE: tl.constexpr,
+                ELEMENT: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+                DV: tl.constexpr):  # fmt: skip
+    """Returns values [tokens, DV] in the order of `value_channels`: 0 where not seen.
+
+    Args:
+        slice_ptr: uint8, first byte of the packed slice.
+        head: KV head.
+        token: int32 [tokens], tokens of the slice.
+        seen: bool [tokens]; what the others hold is never looked at.
+        KIND: `exact` or `integer`.
+        VALUE: constants of the kind, as `portable.py` makes them.
+        ELEMENT: dtype of exact elements; others are given as fp16.
+        T: tokens of the slice.
+        HEADS: its KV heads.
+        D: channels of a head.
+        DV: D rounded up to a power of two.
+    """
+    if KIND == "exact":
+        column = tl.arange(0, DV)
+        elements_ptr = (slice_ptr + VALUE[0]).to(tl.pointer_type(ELEMENT))
+        at = (token * HEADS + head)[:, None] * D + column[None, :]
+        return tl.load(elements_ptr + at, mask=seen[:, None] & (column[None, :] < D), other=0.0)
+    else:
+        BITS: tl.constexpr = VALUE[0]
+        GROUP: tl.constexpr = VALUE[1]
+        NUM_GROUPS: tl.constexpr = D // GROUP
+        TOKENS: tl.constexpr = token.shape[0]
+        index = tl.arange(0, DV // 2)
+        block = tl.minimum(index // 8, D // 16 - 1)
+        first, second = channel_codes(
+            slice_ptr + VALUE[4], head, token, block, index % 8, T, D, BITS, VALUE[2]
+        )
+        codes = tl.reshape(tl.join(first, second), [TOKENS, DV]).to(tl.float32)
+        at = (slice_ptr + VALUE[5]).to(tl.pointer_type(tl.float16))
+        if VALUE[3]:
+            # [head, tile, group, c, kind, token + 8, token + 1]
+            tile = head * (T // 16) + token // 16
+            at += tile * (32 * NUM_GROUPS) + token % 8 // 2 * 8 + token // 8 % 2 * 2 + token % 2
+            GROUP_STRIDE: tl.constexpr = 32
+            ZERO: tl.constexpr = 4
+        else:
+            at += (head * T + token) * (2 * NUM_GROUPS)
+            GROUP_STRIDE: tl.constexpr = 2
+            ZERO: tl.constexpr = 1
+        if NUM_GROUPS == 1:
+            scale, zero = _scale_and_zero(at[:, None], seen[:, None], ZERO, BITS)
+            return (codes * scale + zero).to(tl.float16)
+        elif NUM_GROUPS & (NUM_GROUPS - 1) == 0 and GROUP % 16 == 0 and DV == D:
+            group = tl.arange(0, NUM_GROUPS)
+            at = at[:, None] + group[None, :] * GROUP_STRIDE
+            ok = seen[:, None] & (group[None, :] < NUM_GROUPS)
+            scale, zero = _scale_and_zero(at, ok, ZERO, BITS)
+            codes = tl.reshape(codes, [TOKENS, NUM_GROUPS, GROUP])
+            numbers = codes * scale[:, :, None] + zero[:, :, None]
+            return tl.reshape(numbers, [TOKENS, DV]).to(tl.float16)
+        else:
+            channel, known = value_channels(tl.arange(0, DV), KIND, D)
+            at = at[:, None] + (channel // GROUP * GROUP_STRIDE)[None, :]
+            scale, zero = _scale_and_zero(at, seen[:, None] & known[None, :], ZERO, BITS)
+            return (codes * scale + zero).to(tl.float16)
+
+
+@triton.jit
+def _scale_and_zero(at, ok, ZERO: tl.constexpr, BITS: tl.constexpr):
+    """Loads fp32 scales and zeros, 0 where not ok; no code decodes above the largest fp16."""
+    scale = tl.load(at, mask=ok, other=0.0).to(tl.float32)
+    zero = tl.load(at + ZERO, mask=ok, other=0.0).to(tl.float32)
+    return tl.minimum(scale, (zero - FP16_MAX) * (-1.0 / ((1 << BITS) - 1))), zero

@@ -1,0 +1,64 @@
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from polarcache.kernels import BlockShape, Profile  # noqa: E402
+from polarcache.kernels.attention import flash  # noqa: E402
+from polarcache.kernels.attention.options import AttentionOptions  # noqa: E402
+from polarcache.kernels.attention.portable import PortableAttention  # noqa: E402
+from polarcache.kernels.codec import Codec  # noqa: E402
+
+HALF = BlockShape(128, 8, 128, 128, "half", 128)
+OPTIONS = AttentionOptions(soft_cap=30.0, window=4096, sink_tokens=4)
+CASES = [
+    ("k=pair:r4t4,v=int4", HALF, torch.float16, "fp16", AttentionOptions(), 16),
+    ("k=pair:r3t3:g32,v=int2", HALF, torch.bfloat16, "bf16", OPTIONS, 64),
+    ("k=pair:arc2,v=exact", BlockShape(128, 2, 96, 80, "half", 32), torch.bfloat16, "fp32",
+     OPTIONS, 32),
+    ("exact", BlockShape(16, 2, 80, 256, "interleaved", 80), torch.bfloat16, "fp16", OPTIONS, 16),
+    ("exact", BlockShape(24, 2, 64, 64, "half", 64), torch.float32, "fp32", OPTIONS, 16),
+]  # fmt: skip
+WORDS = {
+    "q_ptr": None, "memory_ptr": "*u8", "out_ptr": "*fp32", "lse_ptr": "*fp32",
+    "part_ptr": "*fp32", "part_lse_ptr": "*fp32", "scale": "fp32", "soft_cap": "fp32",
+}  # fmt: skip
+
+
+def compiled(kernel: Any, constants: dict[str, Any], query: str, capability: int) -> Any:
+    """Compiles as a launch with aligned tensors would."""
+    signature = {}
+    for name in kernel.arg_names:
+        kind = WORDS.get(name, "*i32" if name.endswith("_ptr") else "i32") or f"*{query}"
+        signature[name] = "constexpr" if name in constants else kind
+    source = ASTSource(kernel, signature, constants)
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4}
+    )
+
+
+@pytest.mark.parametrize("capability", [80, 90], ids=["sm80", "sm90"])
+@pytest.mark.parametrize(
+    ("text", "shape", "dtype", "query", "options", "rows"), CASES, ids=[c[0] for c in CASES]
+)
+def test_kernels_compile_without_a_gpu(
+    text: str, shape: BlockShape, dtype: torch.dtype, query: str, options: AttentionOptions,
+    rows: int, capability: int,
+) -> None:  # fmt: skip
+    codec = Codec(Profile.parse(text), shape, dtype)
+    plan = PortableAttention.of(codec, 4 * shape.kv_heads, options, 132)
+    assert plan is not None
+    query_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[query]
+    constants = dict(plan.constants) | {
+        "SCORES": plan.scores(query_dtype), "BM": rows, "SPLIT": rows == 16,
+    }  # fmt: skip
+    if not options.window:
+        constants["positions_ptr"] = None
+    assert compiled(flash.attend_kernel, constants, query, capability).asm["cubin"]
+    merge = {name: constants[name] for name in ("HEADS", "DV", "SHARE", "BM", "WIDE_V")}
+    assert compiled(flash.merge_kernel, merge | {"SPLITS": 8}, query, capability).asm["cubin"]
