@@ -130,19 +130,19 @@ def attend_kernel(
         slice_ptr = memory_ptr + (unit_of_page.to(tl.int64) * 256 + slice_offset)
         page = tile // PAGE_TILES
         first_token = tile % PAGE_TILES * BT
-        token = first_token + tl.arange(0, BT)
-        place = page * T + token
+        rows = tl.arange(0, BT)
+        place = page * T + first_token + rows
         seen = place < length
         if T % BT != 0:
-            seen &= token < T
-            token = tl.minimum(token, T - 1)
+            seen &= first_token + rows < T
         # The next tile's page is looked up while this one is worked on.
         tile = tl.where(index + 1 < sink_tiles, index + 1, index + 1 - sink_tiles + first_tile)
         unit_of_page = tl.load(pages_ptr + tile // PAGE_TILES, mask=index + 1 < end, other=0)
 
         k = load_keys(
-            slice_ptr, head, token, first_token, KEY_KIND, KEY, ELEMENT, T, HEADS, D, WIDE_K, FAST
-        )
+            slice_ptr, head, first_token, rows, KEY_KIND, KEY, ELEMENT, T, HEADS, D, WIDE_K, BT,
+            FAST,
+        )  # fmt: skip
         if SCORES == "half":
             scores = tl.dot(q_high, tl.trans(k))
             if q_ptr.dtype.element_ty == tl.float32:
@@ -169,7 +169,18 @@ def attend_kernel(
         summed = summed * decay[:, None]
         peak_of_row = new_peak
         v = load_values(
-            slice_ptr, head, token, seen, VALUE_KIND, VALUE, ELEMENT, T, HEADS, DV, WIDE_V
+            slice_ptr,
+            head,
+            first_token,
+            rows,
+            seen,
+            VALUE_KIND,
+            VALUE,
+            ELEMENT,
+            T,
+            HEADS,
+            DV,
+            WIDE_V,
         )
         if v.dtype == tl.float32:
             summed += tl.dot(weights, v, input_precision="tf32x3")

@@ -26,16 +26,16 @@ def key_channels(column, KIND: tl.constexpr, D: tl.constexpr, ROTARY: tl.constex
 
 
 @triton.jit
-def load_keys(slice_ptr, head, token, first_token, KIND: tl.constexpr, KEY: tl.constexpr,
+def load_keys(slice_ptr, head, first_token, row, KIND: tl.constexpr, KEY: tl.constexpr,
               ELEMENT: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-              DK: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
-    """Returns keys [tokens, DK] in the order of `key_channels`; finite columns beyond D.
+              DK: tl.constexpr, BT: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+    """Returns keys [BT, DK] in the order of `key_channels`; finite columns beyond D.
 
     Args:
         slice_ptr: uint8, first byte of the packed slice.
         head: KV head.
-        token: int32 [tokens], tokens of the slice, all of one group.
-        first_token: the first of them.
+        first_token: token of row 0, a multiple of the rows.
+        row: int32 [BT], 0 and up, all of one group; rows beyond the slice repeat its last token.
         KIND: `exact`, `pair` or `arc2`.
         KEY: constants of the kind, as `portable.py` makes them.
         ELEMENT: dtype of exact elements; others are given as fp16.
@@ -43,11 +43,15 @@ def load_keys(slice_ptr, head, token, first_token, KIND: tl.constexpr, KEY: tl.c
         HEADS: its KV heads.
         D: channels of a head.
         DK: D rounded up to a power of two.
+        BT: tokens.
         FAST: whether to use the device's own cosine and sine, within 3e-6.
     """
     if KIND == "exact":
         column = tl.arange(0, DK)
         elements_ptr = (slice_ptr + KEY[0]).to(tl.pointer_type(ELEMENT))
+        token = first_token + row
+        if T % BT != 0:
+            token = tl.minimum(token, T - 1)
         at = (token * HEADS + head)[:, None] * D + column[None, :]
         return tl.load(elements_ptr + at, mask=column[None, :] < D, other=0.0)
     else:
@@ -58,13 +62,13 @@ def load_keys(slice_ptr, head, token, first_token, KIND: tl.constexpr, KEY: tl.c
         column = index % 4
         step = tl.minimum(index // 4, D // 16 - 1)
         codes = pair_codes(
-            slice_ptr + KEY[4], head, token, step, column, T, D, R_BITS + T_BITS, KEY[3]
+            slice_ptr + KEY[4], head, first_token, row, step, column, T, D, R_BITS + T_BITS, KEY[3]
         )
         group = head * (T // GROUP) + first_token // GROUP
         x_0, y_0 = _decoded(slice_ptr, codes[0], group, step, column, KIND, KEY, D, FAST)
         x_4, y_4 = _decoded(slice_ptr, codes[1], group, step, column + 4, KIND, KEY, D, FAST)
         both = tl.join(tl.join(x_0, x_4), tl.join(y_0, y_4))
-        return tl.reshape(both, [token.shape[0], DK])
+        return tl.reshape(both, [BT, DK])
 
 
 @triton.jit

@@ -18,7 +18,7 @@ def value_channels(column, KIND: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def load_values(slice_ptr, head, token, seen, KIND: tl.constexpr, VALUE: tl.constexpr,
+def load_values(slice_ptr, head, first_token, row, seen, KIND: tl.constexpr, VALUE: tl.constexpr,
                 ELEMENT: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
                 DV: tl.constexpr):  # fmt: skip
     """Returns values [tokens, DV] in the order of `value_channels`: 0 where not seen.
@@ -26,7 +26,8 @@ def load_values(slice_ptr, head, token, seen, KIND: tl.constexpr, VALUE: tl.cons
     Args:
         slice_ptr: uint8, first byte of the packed slice.
         head: KV head.
-        token: int32 [tokens], tokens of the slice.
+        first_token: token of row 0, a multiple of the rows.
+        row: int32 [tokens], 0 and up.
         seen: bool [tokens]; what the others hold is never looked at.
         KIND: `exact` or `integer`.
         VALUE: constants of the kind, as `portable.py` makes them.
@@ -36,6 +37,7 @@ def load_values(slice_ptr, head, token, seen, KIND: tl.constexpr, VALUE: tl.cons
         D: channels of a head.
         DV: D rounded up to a power of two.
     """
+    token = first_token + row
     if KIND == "exact":
         column = tl.arange(0, DV)
         elements_ptr = (slice_ptr + VALUE[0]).to(tl.pointer_type(ELEMENT))
@@ -45,18 +47,18 @@ def load_values(slice_ptr, head, token, seen, KIND: tl.constexpr, VALUE: tl.cons
         BITS: tl.constexpr = VALUE[0]
         GROUP: tl.constexpr = VALUE[1]
         NUM_GROUPS: tl.constexpr = D // GROUP
-        TOKENS: tl.constexpr = token.shape[0]
+        TOKENS: tl.constexpr = row.shape[0]
         index = tl.arange(0, DV // 2)
         block = tl.minimum(index // 8, D // 16 - 1)
         first, second = channel_codes(
-            slice_ptr + VALUE[4], head, token, block, index % 8, T, D, BITS, VALUE[2]
+            slice_ptr + VALUE[4], head, first_token, row, block, index % 8, T, D, BITS, VALUE[2]
         )
         codes = tl.reshape(tl.join(first, second), [TOKENS, DV]).to(tl.float32)
         at = (slice_ptr + VALUE[5]).to(tl.pointer_type(tl.float16))
         if VALUE[3]:
             # [head, tile, group, c, kind, token + 8, token + 1]
-            tile = head * (T // 16) + token // 16
-            at += tile * (32 * NUM_GROUPS) + token % 8 // 2 * 8 + token // 8 % 2 * 2 + token % 2
+            at += (head * T + first_token) * (2 * NUM_GROUPS) + row // 16 * (32 * NUM_GROUPS)
+            at += row % 8 // 2 * 8 + row // 8 % 2 * 2 + row % 2
             GROUP_STRIDE: tl.constexpr = 32
             ZERO: tl.constexpr = 4
         else:

@@ -26,14 +26,15 @@ def stream_codes(codes_ptr, index, BITS: tl.constexpr):
 
 
 @triton.jit
-def pair_codes(codes_ptr, head, token, step, column, T: tl.constexpr, D: tl.constexpr,
+def pair_codes(codes_ptr, head, first_token, row, step, column, T: tl.constexpr, D: tl.constexpr,
                BITS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
     """Returns codes of pairs 8 step + column, and of those 4 further: int32 [tokens, steps] twice.
 
     Args:
         codes_ptr: uint8, first byte of the field.
         head: KV head.
-        token: int32 [tokens], tokens of the slice.
+        first_token: token of row 0, a multiple of the rows.
+        row: int32 [tokens], 0 and up; rows beyond the slice repeat its last token.
         step: int32 [steps], below D / 16.
         column: int32 [steps], 0 to 3.
         T: tokens of the slice.
@@ -43,12 +44,20 @@ def pair_codes(codes_ptr, head, token, step, column, T: tl.constexpr, D: tl.cons
     """
     MASK: tl.constexpr = (1 << BITS) - 1
     if TILES == 0:
+        token = tl.minimum(first_token + row, T - 1)
         index = (head * T + token)[:, None] * (D // 2) + (8 * step + column)[None, :]
         return stream_codes(codes_ptr, index, BITS), stream_codes(codes_ptr, index + 4, BITS)
     else:
         STEPS: tl.constexpr = D // 16
         NUM_WORDS: tl.constexpr = TILES * STEPS * BITS // 8
         words_ptr = (codes_ptr + head * (T * STEPS * BITS)).to(tl.pointer_type(tl.int32))
+        ROWS: tl.constexpr = row.shape[0]
+        if ROWS % (16 * TILES) == 0:
+            # Whole units: all that differs from tile to tile is where they begin.
+            words_ptr += first_token // (16 * TILES) * (32 * NUM_WORDS)
+            token = row
+        else:
+            token = first_token + row
         tile = token // 16
         unit = (tile // TILES * (32 * NUM_WORDS))[:, None]
         lane = (token % 8 * 4)[:, None] + column[None, :]
@@ -68,14 +77,15 @@ def pair_codes(codes_ptr, head, token, step, column, T: tl.constexpr, D: tl.cons
 
 
 @triton.jit
-def channel_codes(codes_ptr, head, token, block, column, T: tl.constexpr, D: tl.constexpr,
-                  BITS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
+def channel_codes(codes_ptr, head, first_token, row, block, column, T: tl.constexpr,
+                  D: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
     """Returns codes of channels 16 block + column, and of those 8 further: int32, twice.
 
     Args:
         codes_ptr: uint8, first byte of the field.
         head: KV head.
-        token: int32 [tokens], tokens of the slice.
+        first_token: token of row 0, a multiple of the rows.
+        row: int32 [tokens], 0 and up; rows beyond the slice repeat its last token.
         block: int32 [columns], below D / 16.
         column: int32 [columns], 0 to 7.
         T: tokens of the slice.
@@ -85,12 +95,19 @@ def channel_codes(codes_ptr, head, token, block, column, T: tl.constexpr, D: tl.
     """
     MASK: tl.constexpr = (1 << BITS) - 1
     if TILES == 0:
+        token = tl.minimum(first_token + row, T - 1)
         index = (head * T + token)[:, None] * D + (16 * block + column)[None, :]
         return stream_codes(codes_ptr, index, BITS), stream_codes(codes_ptr, index + 8, BITS)
     else:
         BLOCKS: tl.constexpr = D // 16
         NUM_WORDS: tl.constexpr = TILES * BLOCKS * BITS // 4
         words_ptr = (codes_ptr + head * (T * D * BITS // 8)).to(tl.pointer_type(tl.int32))
+        ROWS: tl.constexpr = row.shape[0]
+        if ROWS % (16 * TILES) == 0:
+            words_ptr += first_token // (16 * TILES) * (32 * NUM_WORDS)
+            token = row
+        else:
+            token = first_token + row
         tile = token // 16
         unit = (tile // TILES * (32 * NUM_WORDS))[:, None]
         lane = (token % 8 // 2)[:, None] + (column * 4)[None, :]
