@@ -68,7 +68,7 @@ def load_keys(slice_ptr, head, first_token, row, KIND: tl.constexpr, KEY: tl.con
         x_0, y_0 = _decoded(slice_ptr, codes[0], group, step, column, KIND, KEY, D, FAST)
         x_4, y_4 = _decoded(slice_ptr, codes[1], group, step, column + 4, KIND, KEY, D, FAST)
         both = tl.join(tl.join(x_0, x_4), tl.join(y_0, y_4))
-        return tl.reshape(both, [BT, DK])
+        return tl.reshape(both, [BT, DK]).to(tl.float16)
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def _decoded(slice_ptr, codes, group, step, column, KIND: tl.constexpr, KEY: tl.
     radius = (radius_zero + 0.5 * radius_scale)[None, :] + radius_code * radius_scale[None, :]
     angle = (angle_zero + 0.5 * angle_scale)[None, :] + angle_code * angle_scale[None, :]
     cosine, sine = cosine_and_sine(angle, FAST)
-    return (cosine * radius).to(tl.float16), (sine * radius).to(tl.float16)
+    return cosine * radius, sine * radius
 
 
 @triton.jit

@@ -13,6 +13,12 @@ from polarcache.kernels.gpu.words import turned, word_offset
 
 
 @triton.jit
+def _by_columns(unit, offset):
+    """Returns words to load from bytes of a unit, so that a warp takes the columns of few rows."""
+    return tl.multiple_of(tl.max_contiguous(unit + offset // 4, [1, 2]), [1, 1])
+
+
+@triton.jit
 def stream_codes(codes_ptr, index, BITS: tl.constexpr):
     """Returns int32 codes `index` of a dense stream of BITS-bit codes that starts at codes_ptr."""
     bit = index * BITS
@@ -63,12 +69,12 @@ def pair_codes(codes_ptr, head, first_token, row, step, column, T: tl.constexpr,
         lane = (token % 8 * 4)[:, None] + column[None, :]
         place = ((tile % TILES * STEPS)[:, None] + step[None, :]) * BITS  # first bit in the stream
         word, shift = place // 8, place % 8
-        low = turned(tl.load(words_ptr + unit + word_offset(word, lane, NUM_WORDS) // 4), 30)
+        low = turned(tl.load(words_ptr + _by_columns(unit, word_offset(word, lane, NUM_WORDS))), 30)
         if 8 % BITS == 0:
             four = low >> shift
         else:
             # A code may go on in the next word.
-            at = words_ptr + unit + word_offset(word + 1, lane, NUM_WORDS) // 4
+            at = words_ptr + _by_columns(unit, word_offset(word + 1, lane, NUM_WORDS))
             high = turned(tl.load(at, mask=shift + BITS > 8, other=0), 30)
             low = (low >> shift) & ((0xFF >> shift) * 0x01010101)
             four = low | ((high << (8 - shift)) & (((0xFF << (8 - shift)) & 0xFF) * 0x01010101))
@@ -112,7 +118,7 @@ def channel_codes(codes_ptr, head, first_token, row, block, column, T: tl.conste
         unit = (tile // TILES * (32 * NUM_WORDS))[:, None]
         lane = (token % 8 // 2)[:, None] + (column * 4)[None, :]
         place = (tile % TILES * BLOCKS)[:, None] + block[None, :]
-        at = words_ptr + unit + word_offset(place * BITS // 4, lane, NUM_WORDS) // 4
+        at = words_ptr + _by_columns(unit, word_offset(place * BITS // 4, lane, NUM_WORDS))
         shift = (token % 2 * 16 + token // 8 % 2 * (2 * BITS))[:, None]
         if BITS == 2:
             shift = shift + place % 2 * 8

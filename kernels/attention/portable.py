@@ -31,6 +31,7 @@ _MAX_ROWS = 64
 # Decoded numbers of one side that a tile of four warps keeps in registers.
 _TILE_NUMBERS = 8192
 _NUM_WARPS = 4
+_NUM_STAGES = 1
 # Programs that share a multiprocessor, and the fewest tiles that are worth a split.
 _PROGRAMS_PER_SM = 4
 _MIN_TILES_PER_SPLIT = 4
@@ -53,7 +54,8 @@ class PortableAttention:
         num_programs: programs that fill the device; a launch is split into no more.
         constants: constexpr arguments of `attend_kernel` that no call changes.
         tile_tokens: tokens of a tile.
-        fast: whether to use the device's own cosine, which Triton's interpreter lacks.
+        num_warps: warps of a program; twice as many for the most rows.
+        num_stages: Triton's depth of software pipelining.
     """
 
     codec: Codec
@@ -62,7 +64,8 @@ class PortableAttention:
     num_programs: int
     constants: Mapping[str, Any]
     tile_tokens: int
-    fast: bool = True
+    num_warps: int = _NUM_WARPS
+    num_stages: int = _NUM_STAGES
 
     @classmethod
     def of(
@@ -81,7 +84,7 @@ class PortableAttention:
             query_heads: a multiple of the codec's KV heads.
             options: how scores become weights.
             num_sms: multiprocessors of the device.
-            fast: whether to use the device's own cosine.
+            fast: whether to use the device's own cosine, which Triton's interpreter lacks.
         """
         shape = codec.shape
         fields = {field.name: field for field in codec.layout.fields}
@@ -115,7 +118,7 @@ class PortableAttention:
             "BT": tokens,
         }
         programs = num_sms * _PROGRAMS_PER_SM
-        return cls(codec, query_heads, options, programs, constants, tokens, fast)
+        return cls(codec, query_heads, options, programs, constants, tokens)
 
     @property
     def share(self) -> int:
@@ -163,7 +166,7 @@ class PortableAttention:
             options.scale or shape.head_dim**-0.5, options.soft_cap,
             options.window, options.sink_tokens,
             **self.constants, SCORES=self.scores(query.dtype), BM=rows, SPLIT=splits > 1,
-            num_warps=_NUM_WARPS if rows < _MAX_ROWS else 2 * _NUM_WARPS,
+            num_warps=self.num_warps * (2 if rows == _MAX_ROWS else 1), num_stages=self.num_stages,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(programs, shape.kv_heads, min(rows, batch.max_rows * share))](
