@@ -45,6 +45,7 @@ def attend_kernel(
     soft_cap,
     window,
     sinks,
+    one,
     KEY_KIND: tl.constexpr,
     KEY: tl.constexpr,
     VALUE_KIND: tl.constexpr,
@@ -140,8 +141,13 @@ def attend_kernel(
         unit_of_page = tl.load(pages_ptr + tile // PAGE_TILES, mask=index + 1 < end, other=0)
 
         k = load_keys(
-            slice_ptr, head, first_token, rows, KEY_KIND, KEY, ELEMENT, T, HEADS, D, WIDE_K, BT,
-            FAST,
+            slice_ptr, head, first_token, rows, one, KEY_KIND, KEY, ELEMENT, T, HEADS, D, WIDE_K,
+            BT, FAST,
+        )  # fmt: skip
+        # Before the products, so that bytes of both sides are on their way together.
+        v = load_values(
+            slice_ptr, head, first_token, rows, seen, one, VALUE_KIND, VALUE, ELEMENT, T, HEADS,
+            DV, WIDE_V,
         )  # fmt: skip
         if SCORES == "half":
             scores = tl.dot(q_high, tl.trans(k))
@@ -164,24 +170,13 @@ def attend_kernel(
         # A row that has seen no token yet has peak -inf: shift by 0 there.
         shift = tl.where(new_peak == float("-inf"), 0.0, new_peak)
         weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(peak_of_row - shift)
-        total = total * decay + tl.sum(weights, 1)
-        summed = summed * decay[:, None]
+        # Peaks soon stop rising; then nothing is to be scaled down.
+        if tl.max((new_peak > peak_of_row).to(tl.int32), 0) > 0:
+            decay = tl.exp2(peak_of_row - shift)
+            total = total * decay
+            summed = summed * decay[:, None]
+        total += tl.sum(weights, 1)
         peak_of_row = new_peak
-        v = load_values(
-            slice_ptr,
-            head,
-            first_token,
-            rows,
-            seen,
-            VALUE_KIND,
-            VALUE,
-            ELEMENT,
-            T,
-            HEADS,
-            DV,
-            WIDE_V,
-        )
         if v.dtype == tl.float32:
             summed += tl.dot(weights, v, input_precision="tf32x3")
         else:
@@ -221,6 +216,7 @@ def merge_kernel(
     BM: tl.constexpr,
     WIDE_V: tl.constexpr,
     SPLITS: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Merges the splits of one row: out = sum of out_s e^(lse_s - lse), lse = log sum e^lse_s.
 
@@ -234,17 +230,24 @@ def merge_kernel(
     row = tl.load(starts_ptr + sequence) + flat // SHARE
     if row >= tl.load(starts_ptr + sequence + 1):
         return
+    first_program = ((tl.program_id(0) * HEADS + head) * splits).to(tl.int64)
     split = tl.arange(0, SPLITS)
-    program = (tl.program_id(0) * HEADS + head) * splits + split
-    place = program.to(tl.int64) * BM + tl.program_id(2)
-    part_lse = tl.load(part_lse_ptr + place, mask=split < splits, other=float("-inf"))
+    at = part_lse_ptr + (first_program + split) * BM + tl.program_id(2)
+    part_lse = tl.load(at, mask=split < splits, other=float("-inf"))
     peak = tl.max(part_lse, 0)
-    weights = tl.exp2((part_lse - tl.where(peak == float("-inf"), 0.0, peak)) * LOG2_E)
-    total = tl.sum(weights, 0)
+    shift = tl.where(peak == float("-inf"), 0.0, peak)
+    total = tl.sum(tl.exp2((part_lse - shift) * LOG2_E), 0)
     column = tl.arange(0, WIDE_V)
-    at = part_ptr + place[:, None] * DV + column[None, :]
-    parts = tl.load(at, mask=(weights > 0)[:, None] & (column < DV)[None, :], other=0.0)
-    merged = tl.sum(parts * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
+    merged = tl.zeros([WIDE_V], tl.float32)
+    for first in range(0, splits, CHUNK):
+        split = first + tl.arange(0, CHUNK)
+        place = (first_program + split) * BM + tl.program_id(2)
+        part_lse = tl.load(part_lse_ptr + place, mask=split < splits, other=float("-inf"))
+        weights = tl.exp2((part_lse - shift) * LOG2_E)
+        at = part_ptr + place[:, None] * DV + column[None, :]
+        parts = tl.load(at, mask=(weights > 0)[:, None] & (column < DV)[None, :], other=0.0)
+        merged += tl.sum(parts * weights[:, None], 0)
+    merged = merged / tl.where(total > 0, total, 1.0)
     query_head = (row * (HEADS * SHARE) + head * SHARE + flat % SHARE).to(tl.int64)
     tl.store(out_ptr + query_head * DV + column, merged, mask=column < DV)
     lse = tl.where(total > 0, peak + tl.log2(total) * LN_2, float("-inf"))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from polarcache.kernels.attention.load_words import pair_codes
+from polarcache.kernels.attention.load_words import as_mantissa, pair_codes
 from polarcache.kernels.gpu.pair_decode import _turn
 from polarcache.kernels.gpu.pair_encode import pair_channels
 
@@ -26,7 +26,7 @@ def key_channels(column, KIND: tl.constexpr, D: tl.constexpr, ROTARY: tl.constex
 
 
 @triton.jit
-def load_keys(slice_ptr, head, first_token, row, KIND: tl.constexpr, KEY: tl.constexpr,
+def load_keys(slice_ptr, head, first_token, row, one, KIND: tl.constexpr, KEY: tl.constexpr,
               ELEMENT: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
               DK: tl.constexpr, BT: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     """Returns keys [BT, DK] in the order of `key_channels`; finite columns beyond D.
@@ -36,6 +36,7 @@ def load_keys(slice_ptr, head, first_token, row, KIND: tl.constexpr, KEY: tl.con
         head: KV head.
         first_token: token of row 0, a multiple of the rows.
         row: int32 [BT], 0 and up, all of one group; rows beyond the slice repeat its last token.
+        one: as `as_mantissa` takes it.
         KIND: `exact`, `pair` or `arc2`.
         KEY: constants of the kind, as `portable.py` makes them.
         ELEMENT: dtype of exact elements; others are given as fp16.
@@ -65,14 +66,14 @@ def load_keys(slice_ptr, head, first_token, row, KIND: tl.constexpr, KEY: tl.con
             slice_ptr + KEY[4], head, first_token, row, step, column, T, D, R_BITS + T_BITS, KEY[3]
         )
         group = head * (T // GROUP) + first_token // GROUP
-        x_0, y_0 = _decoded(slice_ptr, codes[0], group, step, column, KIND, KEY, D, FAST)
-        x_4, y_4 = _decoded(slice_ptr, codes[1], group, step, column + 4, KIND, KEY, D, FAST)
+        x_0, y_0 = _decoded(slice_ptr, codes[0], group, step, column, one, KIND, KEY, D, FAST)
+        x_4, y_4 = _decoded(slice_ptr, codes[1], group, step, column + 4, one, KIND, KEY, D, FAST)
         both = tl.join(tl.join(x_0, x_4), tl.join(y_0, y_4))
         return tl.reshape(both, [BT, DK]).to(tl.float16)
 
 
 @triton.jit
-def _decoded(slice_ptr, codes, group, step, column, KIND: tl.constexpr, KEY: tl.constexpr,
+def _decoded(slice_ptr, codes, group, step, column, one, KIND: tl.constexpr, KEY: tl.constexpr,
              D: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
     """Decodes codes [tokens, steps] of pairs 8 step + column at the centres of their bins."""
     T_BITS: tl.constexpr = KEY[1]
@@ -93,10 +94,14 @@ def _decoded(slice_ptr, codes, group, step, column, KIND: tl.constexpr, KEY: tl.
         step_of_angle = 1 << (16 - T_BITS - tl.minimum(arcs & 15, 8))
         angle_zero = (arcs >> 4).to(tl.float32) * (TAU / 4096)
         angle_scale = step_of_angle.to(tl.float32) * (TAU / 65536)
-    radius_code = (codes >> T_BITS).to(tl.float32)
-    angle_code = (codes & ((1 << T_BITS) - 1)).to(tl.float32)
-    radius = (radius_zero + 0.5 * radius_scale)[None, :] + radius_code * radius_scale[None, :]
-    angle = (angle_zero + 0.5 * angle_scale)[None, :] + angle_code * angle_scale[None, :]
+    # zero + (code + 1/2) scale, of numbers 1 + code / 128
+    radius_scale, angle_scale = 128 * radius_scale, 128 * angle_scale
+    radius_zero -= radius_scale * (1 - 1 / 256)
+    angle_zero -= angle_scale * (1 - 1 / 256)
+    radius = as_mantissa(codes >> T_BITS, one) * radius_scale[None, :] + radius_zero[None, :]
+    angle = (
+        as_mantissa(codes & ((1 << T_BITS) - 1), one) * angle_scale[None, :] + angle_zero[None, :]
+    )
     cosine, sine = cosine_and_sine(angle, FAST)
     return cosine * radius, sine * radius
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from polarcache.kernels.attention.load_words import channel_codes
+from polarcache.kernels.attention.load_words import as_mantissa, channel_codes
 from polarcache.kernels.gpu.integer import FP16_MAX
 
 
@@ -18,9 +18,9 @@ def value_channels(column, KIND: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
-def load_values(slice_ptr, head, first_token, row, seen, KIND: tl.constexpr, VALUE: tl.constexpr,
-                ELEMENT: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-                DV: tl.constexpr):  # fmt: skip
+def load_values(slice_ptr, head, first_token, row, seen, one, KIND: tl.constexpr,
+                VALUE: tl.constexpr, ELEMENT: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr,
+                D: tl.constexpr, DV: tl.constexpr):  # fmt: skip
     """Returns values [tokens, DV] in the order of `value_channels`: 0 where not seen.
 
     Args:
@@ -29,6 +29,7 @@ def load_values(slice_ptr, head, first_token, row, seen, KIND: tl.constexpr, VAL
         first_token: token of row 0, a multiple of the rows.
         row: int32 [tokens], 0 and up.
         seen: bool [tokens]; what the others hold is never looked at.
+        one: as `as_mantissa` takes it.
         KIND: `exact` or `integer`.
         VALUE: constants of the kind, as `portable.py` makes them.
         ELEMENT: dtype of exact elements; others are given as fp16.
@@ -53,7 +54,7 @@ def load_values(slice_ptr, head, first_token, row, seen, KIND: tl.constexpr, VAL
         first, second = channel_codes(
             slice_ptr + VALUE[4], head, first_token, row, block, index % 8, T, D, BITS, VALUE[2]
         )
-        codes = tl.reshape(tl.join(first, second), [TOKENS, DV]).to(tl.float32)
+        codes = as_mantissa(tl.reshape(tl.join(first, second), [TOKENS, DV]), one)
         at = (slice_ptr + VALUE[5]).to(tl.pointer_type(tl.float16))
         if VALUE[3]:
             # [head, tile, group, c, kind, token + 8, token + 1]
@@ -85,7 +86,11 @@ def load_values(slice_ptr, head, first_token, row, seen, KIND: tl.constexpr, VAL
 
 @triton.jit
 def _scale_and_zero(at, ok, ZERO: tl.constexpr, BITS: tl.constexpr):
-    """Loads fp32 scales and zeros, 0 where not ok; no code decodes above the largest fp16."""
+    """Loads fp32 numbers s, z such that a code is decoded as s (1 + code / 128) + z; 0 if not ok.
+
+    No code decodes above the largest fp16.
+    """
     scale = tl.load(at, mask=ok, other=0.0).to(tl.float32)
     zero = tl.load(at + ZERO, mask=ok, other=0.0).to(tl.float32)
-    return tl.minimum(scale, (zero - FP16_MAX) * (-1.0 / ((1 << BITS) - 1))), zero
+    scale = 128 * tl.minimum(scale, (zero - FP16_MAX) * (-1.0 / ((1 << BITS) - 1)))
+    return scale, zero - scale

@@ -13,6 +13,16 @@ from polarcache.kernels.gpu.words import turned, word_offset
 
 
 @triton.jit
+def as_mantissa(codes, one):
+    """Returns 1 + code / 128 in fp32 for int32 codes below 128, without a conversion.
+
+    `one` is 0x3F800000, the bits of 1.0, in a register: masking and merging are then one
+    instruction, which takes a single constant.
+    """
+    return ((codes << 16) | one).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _by_columns(unit, offset):
     """Returns words to load from bytes of a unit, so that a warp takes the columns of few rows."""
     return tl.multiple_of(tl.max_contiguous(unit + offset // 4, [1, 2]), [1, 1])

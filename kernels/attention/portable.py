@@ -19,23 +19,20 @@ from torch import Tensor
 from polarcache.kernels.attention.batch import PrefixBatch
 from polarcache.kernels.attention.flash import attend_kernel, merge_kernel
 from polarcache.kernels.attention.options import AttentionOptions
+from polarcache.kernels.attention.packed import key_constants, value_constants
 from polarcache.kernels.codec import Codec
 from polarcache.kernels.errors import ShapeError
-from polarcache.kernels.layout import LANES, TILE_TOKENS, Field
-from polarcache.kernels.profile import ArcPair, Exact, Integer, Pair
+from polarcache.kernels.layout import TILE_TOKENS
+from polarcache.kernels.profile import Exact
 
-__all__ = ["PortableAttention"]
+__all__ = ["PortableAttention", "Tuning"]
 
+_ONE = 0x3F800000  # the bits of 1.0
 _MIN_ROWS = 16  # the tensor cores' rows
 _MAX_ROWS = 64
-# Decoded numbers of one side that a tile of four warps keeps in registers.
-_TILE_NUMBERS = 8192
-_NUM_WARPS = 4
-_NUM_STAGES = 1
-# Programs that share a multiprocessor, and the fewest tiles that are worth a split.
-_PROGRAMS_PER_SM = 4
-_MIN_TILES_PER_SPLIT = 4
-_MAX_SPLITS = 128
+_SPLIT_TOKENS = 128  # the fewest that are worth a split
+_MAX_SPLITS = 256
+_MERGED_SPLITS = 32  # at a time
 _ELEMENTS = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
@@ -44,28 +41,53 @@ _ELEMENTS = {
 
 
 @dataclass(frozen=True, slots=True)
+class Tuning:
+    """How a launch is cut.
+
+    Attributes:
+        tile_numbers: numbers of one side in a tile of tokens.
+        num_warps: warps of a program for heads of up to 128 channels.
+        num_stages: Triton's depth of software pipelining.
+        programs: programs that share a multiprocessor.
+    """
+
+    tile_numbers: int
+    num_warps: int
+    num_stages: int
+    programs: int
+
+
+# By whether a side is packed, and query rows of a program. Decoding keeps one warp busy, which then
+# waits for no other; exact sides only move bytes, in wide tiles.
+_TUNINGS = {
+    (True, 16): Tuning(2048, 1, 1, 16),
+    (True, 32): Tuning(4096, 2, 1, 6),
+    (True, 64): Tuning(8192, 4, 1, 2),
+    (False, 16): Tuning(8192, 4, 3, 2),
+    (False, 32): Tuning(8192, 4, 2, 2),
+    (False, 64): Tuning(8192, 4, 2, 2),
+}
+
+
+@dataclass(frozen=True, slots=True)
 class PortableAttention:
-    """The kernels' constants for one codec, number of query heads and options.
+    """The kernels for one codec, number of query heads and options.
 
     Attributes:
         codec: the codec of the pages.
         query_heads: query heads.
         options: how scores become weights.
-        num_programs: programs that fill the device; a launch is split into no more.
+        num_sms: multiprocessors of the device.
         constants: constexpr arguments of `attend_kernel` that no call changes.
-        tile_tokens: tokens of a tile.
-        num_warps: warps of a program; twice as many for the most rows.
-        num_stages: Triton's depth of software pipelining.
+        tunings: for 16, 32 and 64 query rows of a program.
     """
 
     codec: Codec
     query_heads: int
     options: AttentionOptions
-    num_programs: int
+    num_sms: int
     constants: Mapping[str, Any]
-    tile_tokens: int
-    num_warps: int = _NUM_WARPS
-    num_stages: int = _NUM_STAGES
+    tunings: Mapping[int, Tuning]
 
     @classmethod
     def of(
@@ -87,17 +109,9 @@ class PortableAttention:
             fast: whether to use the device's own cosine, which Triton's interpreter lacks.
         """
         shape = codec.shape
-        fields = {field.name: field for field in codec.layout.fields}
-        key, value = _key_constants(codec, fields), _value_constants(codec, fields)
+        key, value = key_constants(codec), value_constants(codec)
         if key is None or value is None:
             return None
-        # A power of two that divides the page where 16 does, and never spans two groups.
-        widest = max(shape.head_dim, shape.v_head_dim)
-        tokens = TILE_TOKENS
-        largest = max(_MIN_ROWS, _TILE_NUMBERS // triton.next_power_of_2(widest))
-        group = getattr(codec.profile.key, "group_tokens", shape.tokens)
-        while 2 * tokens <= min(largest, group) and shape.tokens % (2 * tokens) == 0:
-            tokens *= 2
         constants = {
             "KEY_KIND": key[0],
             "KEY": key[1],
@@ -115,10 +129,11 @@ class PortableAttention:
             "WIDE_K": triton.next_power_of_2(shape.head_dim),
             "WIDE_V": triton.next_power_of_2(shape.v_head_dim),
             "FAST": fast,
-            "BT": tokens,
         }
-        programs = num_sms * _PROGRAMS_PER_SM
-        return cls(codec, query_heads, options, programs, constants, tokens)
+        profile = codec.profile
+        packed = not (isinstance(profile.key, Exact) and isinstance(profile.value, Exact))
+        tunings = {rows: tuning for (kind, rows), tuning in _TUNINGS.items() if kind == packed}
+        return cls(codec, query_heads, options, num_sms, constants, tunings)
 
     @property
     def share(self) -> int:
@@ -130,8 +145,13 @@ class PortableAttention:
         if not num_queries or not num_sequences or self._most_splits(max_pages) == 1:
             return 0
         # Splits fill the device at most, whatever the number of programs without them.
-        rows = self._tile_rows(num_queries)
-        return self.num_programs * rows * (self.codec.shape.v_head_dim + 1) * 4
+        largest = self._tile_rows(num_queries)
+        rows = max(
+            self.num_sms * tuning.programs * rows
+            for rows, tuning in self.tunings.items()
+            if rows <= largest
+        )
+        return rows * (self.codec.shape.v_head_dim + 1) * 4
 
     def attend(
         self,
@@ -147,34 +167,56 @@ class PortableAttention:
             ShapeError: the workspace is too small, of another dtype or on another device.
         """
         self._check_workspace(query, batch, workspace)
-        shape, options = self.codec.shape, self.options
-        share = self.share
+        shape, options, share = self.codec.shape, self.options, self.share
         rows = self._tile_rows(batch.max_rows)
-        row_tiles = triton.cdiv(batch.max_rows * share, rows)
+        row_tiles = -(-batch.max_rows * share // rows)
         programs = batch.num_sequences * row_tiles
-        splits = self._splits(programs, batch.page_table.shape[1])
+        splits = self._splits(programs, rows, batch.page_table.shape[1])
         part, part_lse = out, lse
         if splits > 1 and workspace is not None:
             floats = workspace[: workspace.shape[0] // 4 * 4].view(torch.float32)
             numbers = programs * shape.kv_heads * splits * rows
             part = floats[: numbers * shape.v_head_dim]
             part_lse = floats[part.shape[0] : part.shape[0] + numbers]
+        tuning = self.tunings[rows]
         attend_kernel[(programs, shape.kv_heads, splits)](
             query, batch.memory, batch.page_table, batch.lengths, batch.query_starts,
             batch.positions if options.window else None, part, part_lse,
             batch.page_table.shape[1], batch.slice_offset, row_tiles, splits,
             options.scale or shape.head_dim**-0.5, options.soft_cap,
-            options.window, options.sink_tokens,
-            **self.constants, SCORES=self.scores(query.dtype), BM=rows, SPLIT=splits > 1,
-            num_warps=self.num_warps * (2 if rows == _MAX_ROWS else 1), num_stages=self.num_stages,
+            options.window, options.sink_tokens, _ONE,
+            **self.constants_of(query.dtype, rows), SPLIT=splits > 1,
+            num_warps=self.warps(rows), num_stages=tuning.num_stages,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(programs, shape.kv_heads, min(rows, batch.max_rows * share))](
                 part, part_lse, batch.query_starts, out, lse, row_tiles, splits,
                 HEADS=shape.kv_heads, DV=shape.v_head_dim, SHARE=share, BM=rows,
                 WIDE_V=self.constants["WIDE_V"], SPLITS=triton.next_power_of_2(splits),
-                num_warps=_NUM_WARPS,
+                CHUNK=min(_MERGED_SPLITS, triton.next_power_of_2(splits)),
             )  # fmt: skip
+
+    def constants_of(self, query_dtype: torch.dtype, rows: int) -> dict[str, Any]:
+        """Returns the constexpr arguments of `attend_kernel` but SPLIT.
+
+        Args:
+            query_dtype: fp16, bf16 or fp32.
+            rows: query rows of a program: 16, 32 or 64.
+        """
+        shape = self.codec.shape
+        # A power of two that divides the page where 16 does, and never spans two groups.
+        widest = max(self.constants["WIDE_K"], self.constants["WIDE_V"])
+        largest = max(TILE_TOKENS, self.tunings[rows].tile_numbers // widest)
+        group = getattr(self.codec.profile.key, "group_tokens", shape.tokens)
+        tokens = TILE_TOKENS
+        while 2 * tokens <= min(largest, group) and shape.tokens % (2 * tokens) == 0:
+            tokens *= 2
+        return {**self.constants, "SCORES": self._scores(query_dtype), "BM": rows, "BT": tokens}
+
+    def warps(self, rows: int) -> int:
+        """Returns warps of a program of so many query rows; wide heads need more registers."""
+        widest = max(self.constants["WIDE_K"], self.constants["WIDE_V"])
+        return self.tunings[rows].num_warps * (2 if widest > 128 else 1)
 
     def _tile_rows(self, num_rows: int) -> int:
         """Returns rows of a program for so many query rows of one sequence."""
@@ -184,15 +226,18 @@ class PortableAttention:
         return rows
 
     def _most_splits(self, max_pages: int) -> int:
-        tiles = max_pages * -(-self.codec.shape.tokens // self.tile_tokens)
-        return min(max(1, tiles // _MIN_TILES_PER_SPLIT), _MAX_SPLITS)
+        tokens = max_pages * self.codec.shape.tokens
+        return min(max(1, tokens // _SPLIT_TOKENS), _MAX_SPLITS)
 
-    def _splits(self, programs: int, max_pages: int) -> int:
+    def _splits(self, programs: int, rows: int, max_pages: int) -> int:
         """Returns splits of each sequence; more than one only where all programs fit the device."""
-        fitting = self.num_programs // (programs * self.codec.shape.kv_heads)
-        return max(1, min(fitting, self._most_splits(max_pages)))
+        fitting = self.num_sms * self.tunings[rows].programs
+        return max(
+            1,
+            min(fitting // (programs * self.codec.shape.kv_heads), self._most_splits(max_pages)),
+        )
 
-    def scores(self, query_dtype: torch.dtype) -> str:
+    def _scores(self, query_dtype: torch.dtype) -> str:
         """Returns how scores are multiplied: see `attend_kernel`."""
         if not isinstance(self.codec.profile.key, Exact):
             return "half"
@@ -220,42 +265,3 @@ class PortableAttention:
                 f"workspace {workspace.dtype} {tuple(workspace.shape)} on {workspace.device}: "
                 f"expected uint8 of at least {needed} bytes on {query.device}, aligned to 16"
             )
-
-
-def _key_constants(codec: Codec, fields: Mapping[str, Field]) -> tuple[str, tuple[Any, ...]] | None:
-    """Returns the kind of keys and what `load_keys` needs for it; None without a kernel."""
-    key = codec.profile.key
-    if isinstance(key, Exact):
-        return "exact", (fields["key_elements"].offset,)
-    names: tuple[str, ...]
-    if isinstance(key, Pair):
-        kind, names = "pair", ("key_codes", "key_parameters")
-    elif isinstance(key, ArcPair) and not key.tiers:
-        kind, names = "arc2", ("key_codes", "key_arcs", "key_radii")
-    else:
-        return None
-    tiles = _unit_tiles(fields["key_codes"], TILE_TOKENS * codec.shape.pairs)
-    offsets = (fields[name].offset for name in names)
-    return kind, (key.radius_bits, key.angle_bits, key.group_tokens, tiles, *offsets)
-
-
-def _value_constants(
-    codec: Codec, fields: Mapping[str, Field]
-) -> tuple[str, tuple[Any, ...]] | None:
-    """Returns the kind of values and what `load_values` needs; None without a kernel."""
-    value, channels = codec.profile.value, codec.shape.v_head_dim
-    if isinstance(value, Exact):
-        return "exact", (fields["value_elements"].offset,)
-    if isinstance(value, Integer):
-        codes, parameters = fields["value_codes"], fields["value_parameters"]
-        tiles = _unit_tiles(codes, TILE_TOKENS * channels)
-        tiled = codec.shape.tokens % TILE_TOKENS == 0
-        group = value.channels_per_group(channels)
-        return "integer", (value.bits, group, tiles, tiled, codes.offset, parameters.offset)
-    return None
-
-
-def _unit_tiles(codes: Field, tile_codes: int) -> int:
-    """Returns the tiles of a unit of codes, 0 in plain rows."""
-    order = codes.order
-    return order.stream_codes * order.streams * LANES // tile_codes

@@ -30,7 +30,9 @@ WORDS = {
 }  # fmt: skip
 
 
-def compiled(kernel: Any, constants: dict[str, Any], query: str, capability: int) -> Any:
+def compiled(
+    kernel: Any, constants: dict[str, Any], query: str, capability: int, warps: int = 4
+) -> Any:
     """Compiles as a launch with aligned tensors would."""
     signature = {}
     for name in kernel.arg_names:
@@ -38,7 +40,7 @@ def compiled(kernel: Any, constants: dict[str, Any], query: str, capability: int
         signature[name] = "constexpr" if name in constants else kind
     source = ASTSource(kernel, signature, constants)
     return triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 4}
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
     )
 
 
@@ -54,11 +56,12 @@ def test_kernels_compile_without_a_gpu(
     plan = PortableAttention.of(codec, 4 * shape.kv_heads, options, 132)
     assert plan is not None
     query_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[query]
-    constants = dict(plan.constants) | {
-        "SCORES": plan.scores(query_dtype), "BM": rows, "SPLIT": rows == 16,
-    }  # fmt: skip
+    constants = plan.constants_of(query_dtype, rows) | {"SPLIT": rows == 16}
     if not options.window:
         constants["positions_ptr"] = None
-    assert compiled(flash.attend_kernel, constants, query, capability).asm["cubin"]
+    kernel = compiled(flash.attend_kernel, constants, query, capability, plan.warps(rows))
+    assert kernel.asm["cubin"]
     merge = {name: constants[name] for name in ("HEADS", "DV", "SHARE", "BM", "WIDE_V")}
-    assert compiled(flash.merge_kernel, merge | {"SPLITS": 8}, query, capability).asm["cubin"]
+    assert compiled(
+        flash.merge_kernel, merge | {"SPLITS": 128, "CHUNK": 32}, query, capability
+    ).asm["cubin"]
