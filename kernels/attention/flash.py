@@ -240,12 +240,13 @@ def merge_kernel(
     column = tl.arange(0, WIDE_V)
     merged = tl.zeros([WIDE_V], tl.float32)
     for first in range(0, splits, CHUNK):
-        split = first + tl.arange(0, CHUNK)
-        place = (first_program + split) * BM + tl.program_id(2)
-        part_lse = tl.load(part_lse_ptr + place, mask=split < splits, other=float("-inf"))
-        weights = tl.exp2((part_lse - shift) * LOG2_E)
-        at = part_ptr + place[:, None] * DV + column[None, :]
-        parts = tl.load(at, mask=(weights > 0)[:, None] & (column < DV)[None, :], other=0.0)
+        index = first + tl.arange(0, CHUNK)
+        place = (first_program + index) * BM + tl.program_id(2)
+        chunk_lse = tl.load(part_lse_ptr + place, mask=index < splits, other=float("-inf"))
+        weights = tl.exp2((chunk_lse - shift) * LOG2_E)
+        part_at = part_ptr + place[:, None] * DV + column[None, :]
+        some = (weights > 0)[:, None] & (column < DV)[None, :]
+        parts = tl.load(part_at, mask=some, other=0.0)
         merged += tl.sum(parts * weights[:, None], 0)
     merged = merged / tl.where(total > 0, total, 1.0)
     query_head = (row * (HEADS * SHARE) + head * SHARE + flat % SHARE).to(tl.int64)
