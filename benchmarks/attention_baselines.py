@@ -62,9 +62,9 @@ def baseline_kernel(
     both = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, C)
     row = tl.arange(0, BM)
-    at = q_ptr + (both * SHARE + row)[:, None] * D + column[None, :]
-    q_low = tl.load(at, mask=(row < SHARE)[:, None], other=0.0)
-    q_high = tl.load(at + C, mask=(row < SHARE)[:, None], other=0.0)
+    q_at = q_ptr + (both * SHARE + row)[:, None] * D + column[None, :]
+    q_low = tl.load(q_at, mask=(row < SHARE)[:, None], other=0.0)
+    q_high = tl.load(q_at + C, mask=(row < SHARE)[:, None], other=0.0)
     peak = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     low_sum = tl.zeros([BM, C], tl.float32)
@@ -76,8 +76,8 @@ def baseline_kernel(
         first = both * length + group * BT
         params = k_params_ptr + (both * groups + group) * (4 * C) + column
         if LOOKUP:
-            at = k_codes_ptr + first * C + tl.arange(0, BT)[:, None] * C + column[None, :]
-            codes = tl.load(at).to(tl.int32)
+            codes_at = k_codes_ptr + first * C + tl.arange(0, BT)[:, None] * C + column[None, :]
+            codes = tl.load(codes_at).to(tl.int32)
             radius = tl.load(params)[None, :].to(tl.float32)
             radius += ((codes >> 4).to(tl.float32) + 0.5) * tl.load(params + C)[None, :]
             step = tl.arange(0, 16).to(tl.float32)[:, None] + 0.5
@@ -86,8 +86,8 @@ def baseline_kernel(
             cosine, sine = cosine_and_sine(angle, True)
             scores = tl.zeros([BM, BT], tl.float32)
             for head in tl.static_range(SHARE):
-                q_at = q_ptr + (both * SHARE + head) * D + column
-                table = cosine * tl.load(q_at)[None, :] + sine * tl.load(q_at + C)[None, :]
+                head_at = q_ptr + (both * SHARE + head) * D + column
+                table = cosine * tl.load(head_at)[None, :] + sine * tl.load(head_at + C)[None, :]
                 found = tl.gather(table, codes & 15, 0) * radius
                 scores = tl.where((row == head)[:, None], tl.sum(found, 1)[None, :], scores)
         else:
