@@ -10,6 +10,7 @@ import triton.language as tl
 
 from polarcache.kernels.attention.load_keys import key_channels, load_keys
 from polarcache.kernels.attention.load_values import load_values, value_channels
+from polarcache.kernels.attention.page_queries import as_halves, page_gains, page_queries
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -37,6 +38,9 @@ def attend_kernel(
     positions_ptr,
     out_ptr,
     lse_ptr,
+    key_table_ptr,
+    value_table_ptr,
+    mix_ptr,
     max_pages,
     slice_offset,
     row_tiles,
@@ -87,24 +91,21 @@ def attend_kernel(
         return
     length = tl.load(lengths_ptr + sequence)
     query_head = row * (HEADS * SHARE) + head * SHARE + share
-    column = tl.arange(0, WIDE_K)
-    channel, known = key_channels(column, KEY_KIND, D, ROTARY, INTERLEAVED)
-    at = q_ptr + query_head.to(tl.int64)[:, None] * D + channel[None, :]
-    q = tl.load(at, mask=exists[:, None] & known[None, :], other=0.0)
-    factor = tl.full([BM], scale, tl.float32)
-    if SCORES == "half":
-        wide = q.to(tl.float32)
-        # The power of two at or below a row's largest number: no row leaves the range of fp16.
-        peak = tl.max(tl.abs(wide), 1).to(tl.int32, bitcast=True) & 0x7F800000
-        unit = tl.where(peak == 0, 1.0, peak.to(tl.float32, bitcast=True))
-        wide = wide / unit[:, None]
-        factor *= unit
-        q_high = wide.to(tl.float16)
-        q_low = ((wide - q_high.to(tl.float32)) * LOW_SHIFT).to(tl.float16)
-    elif SCORES == "same":
-        q_high = q
-    else:
-        q_high = q.to(tl.float32)
+    if KEY_KIND != "polar":
+        column = tl.arange(0, WIDE_K)
+        channel, known = key_channels(column, KEY_KIND, D, ROTARY, INTERLEAVED)
+        at = q_ptr + query_head.to(tl.int64)[:, None] * D + channel[None, :]
+        q = tl.load(at, mask=exists[:, None] & known[None, :], other=0.0)
+        factor = tl.full([BM], scale, tl.float32)
+        if SCORES == "half":
+            wide, unit = as_halves(q.to(tl.float32))
+            factor *= unit
+            q_high = wide.to(tl.float16)
+            q_low = ((wide - q_high.to(tl.float32)) * LOW_SHIFT).to(tl.float16)
+        elif SCORES == "same":
+            q_high = q
+        else:
+            q_high = q.to(tl.float32)
 
     # Tiles of a page never reach into the next; those a window hides are left out.
     PAGE_TILES: tl.constexpr = (T + BT - 1) // BT
@@ -141,23 +142,33 @@ def attend_kernel(
         unit_of_page = tl.load(pages_ptr + tile // PAGE_TILES, mask=index + 1 < end, other=0)
 
         k = load_keys(
-            slice_ptr, head, first_token, rows, one, KEY_KIND, KEY, ELEMENT, T, HEADS, D, WIDE_K,
-            BT, FAST,
+            slice_ptr, key_table_ptr, head, first_token, rows, one, KEY_KIND, KEY, ELEMENT, T,
+            HEADS, D, WIDE_K, BT, FAST,
         )  # fmt: skip
         # Before the products, so that bytes of both sides are on their way together.
         v = load_values(
-            slice_ptr, head, first_token, rows, seen, one, VALUE_KIND, VALUE, ELEMENT, T, HEADS,
-            DV, WIDE_V,
+            slice_ptr, value_table_ptr, head, first_token, rows, seen, one, VALUE_KIND, VALUE,
+            ELEMENT, T, HEADS, DV, WIDE_V,
         )  # fmt: skip
-        if SCORES == "half":
+        if KEY_KIND == "polar":
+            q, unit, offset = page_queries(
+                q_ptr, query_head, exists, mix_ptr, slice_ptr, head, KEY, D, WIDE_K, ROTARY,
+                INTERLEAVED,
+            )  # fmt: skip
+            token = tl.minimum(first_token + rows, T - 1)
+            gains = page_gains(slice_ptr, head, token, KEY, T)
+            scores = tl.dot(q, tl.trans(k)) * unit[:, None] * gains[None, :] + offset[:, None]
+            scores = scores * scale
+        elif SCORES == "half":
             scores = tl.dot(q_high, tl.trans(k))
             if q_ptr.dtype.element_ty == tl.float32:
                 scores += tl.dot(q_low, tl.trans(k)) * (1.0 / LOW_SHIFT)
+            scores = scores * factor[:, None]
         elif SCORES == "same":
-            scores = tl.dot(q_high, tl.trans(k))
+            scores = tl.dot(q_high, tl.trans(k)) * factor[:, None]
         else:
             scores = tl.dot(q_high, tl.trans(k.to(tl.float32)), input_precision=SCORES)
-        scores = scores * factor[:, None]
+            scores = scores * factor[:, None]
         if HAS_CAP:
             scores = soft_cap * (1.0 - 2.0 / (1.0 + tl.exp2(scores * (2 * LOG2_E / soft_cap))))
         scores = scores * LOG2_E

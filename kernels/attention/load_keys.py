@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from polarcache.kernels.attention.load_words import as_mantissa, pair_codes
+from polarcache.kernels.attention.load_words import as_mantissa, pair_codes, table_halves
 from polarcache.kernels.gpu.pair_decode import _turn
 from polarcache.kernels.gpu.pair_encode import pair_channels
 
@@ -15,30 +15,36 @@ def key_channels(column, KIND: tl.constexpr, D: tl.constexpr, ROTARY: tl.constex
                  INTERLEAVED: tl.constexpr):  # fmt: skip
     """Returns the channel of each column that `load_keys` gives, and whether there is one.
 
-    Exact columns are channels. Else column 16 k + 4 c + 2 h + s is channel s of pair 8 k + 4 h + c.
+    Exact columns are channels. Else column 16 k + 4 c + 2 h + s is channel s of pair 8 k + 4 h + c;
+    pairs of `polar` are those of its mixed channels, j and j + D / 2.
     """
     if KIND == "exact":
         return column, column < D
     else:
         pair = column // 16 * 8 + column // 4 % 4 + column // 2 % 2 * 4
-        first, second = pair_channels(pair, D, ROTARY, INTERLEAVED)
+        if KIND == "polar":
+            first, second = pair, pair + D // 2
+        else:
+            first, second = pair_channels(pair, D, ROTARY, INTERLEAVED)
         return tl.where(column % 2 == 0, first, second), column < D
 
 
 @triton.jit
-def load_keys(slice_ptr, head, first_token, row, one, KIND: tl.constexpr, KEY: tl.constexpr,
-              ELEMENT: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
-              DK: tl.constexpr, BT: tl.constexpr, FAST: tl.constexpr):  # fmt: skip
+def load_keys(slice_ptr, table_ptr, head, first_token, row, one, KIND: tl.constexpr,
+              KEY: tl.constexpr, ELEMENT: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr,
+              D: tl.constexpr, DK: tl.constexpr, BT: tl.constexpr,
+              FAST: tl.constexpr):  # fmt: skip
     """Returns keys [BT, DK] in the order of `key_channels`; finite columns beyond D.
 
     Args:
         slice_ptr: uint8, first byte of the packed slice.
+        table_ptr: int32, two fp16 numbers for each code of `polar`; else None.
         head: KV head.
         first_token: token of row 0, a multiple of the rows.
         row: int32 [BT], 0 and up, all of one group; rows beyond the slice repeat its last token.
         one: as `as_mantissa` takes it.
-        KIND: `exact`, `pair` or `arc2`.
-        KEY: constants of the kind, as `portable.py` makes them.
+        KIND: `exact`, `pair`, `arc2` or `polar`.
+        KEY: constants of the kind, as `packed.py` makes them.
         ELEMENT: dtype of exact elements; others are given as fp16.
         T: tokens of the slice.
         HEADS: its KV heads.
@@ -56,18 +62,22 @@ def load_keys(slice_ptr, head, first_token, row, one, KIND: tl.constexpr, KEY: t
         at = (token * HEADS + head)[:, None] * D + column[None, :]
         return tl.load(elements_ptr + at, mask=column[None, :] < D, other=0.0)
     else:
-        R_BITS: tl.constexpr = KEY[0]
-        T_BITS: tl.constexpr = KEY[1]
-        GROUP: tl.constexpr = KEY[2]
         index = tl.arange(0, DK // 4)
         column = index % 4
         step = tl.minimum(index // 4, D // 16 - 1)
         codes = pair_codes(
-            slice_ptr + KEY[4], head, first_token, row, step, column, T, D, R_BITS + T_BITS, KEY[3]
+            slice_ptr + KEY[4], head, first_token, row, step, column, T, D, KEY[0] + KEY[1], KEY[3]
         )
-        group = head * (T // GROUP) + first_token // GROUP
-        x_0, y_0 = _decoded(slice_ptr, codes[0], group, step, column, one, KIND, KEY, D, FAST)
-        x_4, y_4 = _decoded(slice_ptr, codes[1], group, step, column + 4, one, KIND, KEY, D, FAST)
+        if KIND == "polar":
+            x_0, y_0 = table_halves(table_ptr, codes[0])
+            x_4, y_4 = table_halves(table_ptr, codes[1])
+        else:
+            GROUP: tl.constexpr = KEY[2]
+            group = head * (T // GROUP) + first_token // GROUP
+            x_0, y_0 = _decoded(slice_ptr, codes[0], group, step, column, one, KIND, KEY, D, FAST)
+            x_4, y_4 = _decoded(
+                slice_ptr, codes[1], group, step, column + 4, one, KIND, KEY, D, FAST
+            )
         both = tl.join(tl.join(x_0, x_4), tl.join(y_0, y_4))
         return tl.reshape(both, [BT, DK]).to(tl.float16)
 

@@ -3,7 +3,12 @@
 import triton
 import triton.language as tl
 
-from polarcache.kernels.attention.load_words import as_mantissa, channel_codes
+from polarcache.kernels.attention.load_words import (
+    as_mantissa,
+    channel_codes,
+    table_halves,
+    value_pair_codes,
+)
 from polarcache.kernels.gpu.integer import FP16_MAX
 
 
@@ -11,27 +16,34 @@ from polarcache.kernels.gpu.integer import FP16_MAX
 def value_channels(column, KIND: tl.constexpr, D: tl.constexpr):
     """Returns the channel of each column that `load_values` gives, and whether there is one.
 
-    Exact columns are channels. Else column 16 k + 2 g + h is channel 16 k + 8 h + g.
+    Exact columns are channels, column 16 k + 2 g + h of integers is channel 16 k + 8 h + g, column
+    2 j + s of `polar` is channel s of the mixed channels' pair j, j + s D / 2.
     """
-    channel = column // 16 * 16 + column // 2 % 8 + column % 2 * 8
-    return column if KIND == "exact" else channel, column < D
+    if KIND == "exact":
+        channel = column
+    elif KIND == "polar":
+        channel = column // 2 + column % 2 * (D // 2)
+    else:
+        channel = column // 16 * 16 + column // 2 % 8 + column % 2 * 8
+    return channel, column < D
 
 
 @triton.jit
-def load_values(slice_ptr, head, first_token, row, seen, one, KIND: tl.constexpr,
+def load_values(slice_ptr, table_ptr, head, first_token, row, seen, one, KIND: tl.constexpr,
                 VALUE: tl.constexpr, ELEMENT: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr,
                 D: tl.constexpr, DV: tl.constexpr):  # fmt: skip
     """Returns values [tokens, DV] in the order of `value_channels`: 0 where not seen.
 
     Args:
         slice_ptr: uint8, first byte of the packed slice.
+        table_ptr: int32, two fp16 numbers for each code of `polar`; else None.
         head: KV head.
         first_token: token of row 0, a multiple of the rows.
         row: int32 [tokens], 0 and up.
         seen: bool [tokens]; what the others hold is never looked at.
         one: as `as_mantissa` takes it.
-        KIND: `exact` or `integer`.
-        VALUE: constants of the kind, as `portable.py` makes them.
+        KIND: `exact`, `integer` or `polar`.
+        VALUE: constants of the kind, as `packed.py` makes them.
         ELEMENT: dtype of exact elements; others are given as fp16.
         T: tokens of the slice.
         HEADS: its KV heads.
@@ -44,6 +56,18 @@ def load_values(slice_ptr, head, first_token, row, seen, one, KIND: tl.constexpr
         elements_ptr = (slice_ptr + VALUE[0]).to(tl.pointer_type(ELEMENT))
         at = (token * HEADS + head)[:, None] * D + column[None, :]
         return tl.load(elements_ptr + at, mask=seen[:, None] & (column[None, :] < D), other=0.0)
+    elif KIND == "polar":
+        index = tl.arange(0, DV // 2)
+        step = tl.minimum(index // 8, D // 16 - 1)
+        codes = value_pair_codes(
+            slice_ptr + VALUE[3], head, first_token, row, step, index % 8, T, D,
+            VALUE[0] + VALUE[1], VALUE[2],
+        )  # fmt: skip
+        x, y = table_halves(table_ptr, codes)
+        gains_ptr = (slice_ptr + VALUE[4]).to(tl.pointer_type(tl.float16)) + head * T + token
+        gain = tl.minimum(tl.load(gains_ptr, mask=seen, other=0.0).to(tl.float32), VALUE[5])
+        numbers = tl.reshape(tl.join(x, y), [row.shape[0], DV])
+        return (numbers.to(tl.float32) * gain[:, None]).to(tl.float16)
     else:
         BITS: tl.constexpr = VALUE[0]
         GROUP: tl.constexpr = VALUE[1]

@@ -42,6 +42,48 @@ def stream_codes(codes_ptr, index, BITS: tl.constexpr):
 
 
 @triton.jit
+def _four_codes(codes_ptr, head, first_token, row, lane, step, T: tl.constexpr, D: tl.constexpr,
+                BITS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
+    """Returns int32 words whose bytes hold, in their low BITS, the four codes of a lane's step.
+
+    Args:
+        codes_ptr: uint8, first byte of a field of one code a pair in whole units.
+        head: KV head.
+        first_token: token of row 0, a multiple of the rows.
+        row: int32 [tokens], 0 and up.
+        lane: int32 [tokens, columns].
+        step: int32 [columns], below D / 16.
+        T: tokens of the slice.
+        D: channels, two a code.
+        BITS: bits of a code.
+        TILES: tiles of a unit.
+    """
+    STEPS: tl.constexpr = D // 16
+    NUM_WORDS: tl.constexpr = TILES * STEPS * BITS // 8
+    words_ptr = (codes_ptr + head * (T * STEPS * BITS)).to(tl.pointer_type(tl.int32))
+    ROWS: tl.constexpr = row.shape[0]
+    if ROWS % (16 * TILES) == 0:
+        # Whole units: all that differs from tile to tile is where they begin.
+        words_ptr += first_token // (16 * TILES) * (32 * NUM_WORDS)
+        tile = row // 16
+    else:
+        tile = (first_token + row) // 16
+    unit = (tile // TILES * (32 * NUM_WORDS))[:, None]
+    place = ((tile % TILES * STEPS)[:, None] + step[None, :]) * BITS  # first bit in the stream
+    word, shift = place // 8, place % 8
+    low = turned(tl.load(words_ptr + _by_columns(unit, word_offset(word, lane, NUM_WORDS))), 30)
+    if 8 % BITS == 0:
+        four = low >> shift
+    else:
+        # A code may go on in the next word.
+        at = words_ptr + _by_columns(unit, word_offset(word + 1, lane, NUM_WORDS))
+        high = turned(tl.load(at, mask=shift + BITS > 8, other=0), 30)
+        low = (low >> shift) & ((0xFF >> shift) * 0x01010101)
+        four = low | ((high << (8 - shift)) & (((0xFF << (8 - shift)) & 0xFF) * 0x01010101))
+    return four
+
+
+@triton.jit
 def pair_codes(codes_ptr, head, first_token, row, step, column, T: tl.constexpr, D: tl.constexpr,
                BITS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
     """Returns codes of pairs 8 step + column, and of those 4 further: int32 [tokens, steps] twice.
@@ -64,32 +106,36 @@ def pair_codes(codes_ptr, head, first_token, row, step, column, T: tl.constexpr,
         index = (head * T + token)[:, None] * (D // 2) + (8 * step + column)[None, :]
         return stream_codes(codes_ptr, index, BITS), stream_codes(codes_ptr, index + 4, BITS)
     else:
-        STEPS: tl.constexpr = D // 16
-        NUM_WORDS: tl.constexpr = TILES * STEPS * BITS // 8
-        words_ptr = (codes_ptr + head * (T * STEPS * BITS)).to(tl.pointer_type(tl.int32))
-        ROWS: tl.constexpr = row.shape[0]
-        if ROWS % (16 * TILES) == 0:
-            # Whole units: all that differs from tile to tile is where they begin.
-            words_ptr += first_token // (16 * TILES) * (32 * NUM_WORDS)
-            token = row
-        else:
-            token = first_token + row
-        tile = token // 16
-        unit = (tile // TILES * (32 * NUM_WORDS))[:, None]
-        lane = (token % 8 * 4)[:, None] + column[None, :]
-        place = ((tile % TILES * STEPS)[:, None] + step[None, :]) * BITS  # first bit in the stream
-        word, shift = place // 8, place % 8
-        low = turned(tl.load(words_ptr + _by_columns(unit, word_offset(word, lane, NUM_WORDS))), 30)
-        if 8 % BITS == 0:
-            four = low >> shift
-        else:
-            # A code may go on in the next word.
-            at = words_ptr + _by_columns(unit, word_offset(word + 1, lane, NUM_WORDS))
-            high = turned(tl.load(at, mask=shift + BITS > 8, other=0), 30)
-            low = (low >> shift) & ((0xFF >> shift) * 0x01010101)
-            four = low | ((high << (8 - shift)) & (((0xFF << (8 - shift)) & 0xFF) * 0x01010101))
-        row_shift = (token // 8 % 2 * 8)[:, None]
-        return (four >> row_shift) & MASK, (four >> (row_shift + 16)) & MASK
+        lane = (row % 8 * 4)[:, None] + column[None, :]
+        four = _four_codes(codes_ptr, head, first_token, row, lane, step, T, D, BITS, TILES)
+        shift = (row // 8 % 2 * 8)[:, None]
+        return (four >> shift) & MASK, (four >> (shift + 16)) & MASK
+
+
+@triton.jit
+def value_pair_codes(codes_ptr, head, first_token, row, step, column, T: tl.constexpr,
+                     D: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr):  # fmt: skip
+    """Returns codes of pairs 8 step + column, int32 [tokens, steps]; column is 0 to 7.
+
+    Args as `pair_codes` has them, for fields in pair-of-channels order.
+    """
+    MASK: tl.constexpr = (1 << BITS) - 1
+    if TILES == 0:
+        token = tl.minimum(first_token + row, T - 1)
+        index = (head * T + token)[:, None] * (D // 2) + (8 * step + column)[None, :]
+        return stream_codes(codes_ptr, index, BITS)
+    else:
+        lane = (row % 8 // 2)[:, None] + (column * 4)[None, :]
+        four = _four_codes(codes_ptr, head, first_token, row, lane, step, T, D, BITS, TILES)
+        return (four >> (row % 2 * 8 + row // 8 % 2 * 16)[:, None]) & MASK
+
+
+@triton.jit
+def table_halves(table_ptr, codes):
+    """Returns the low and high halves, fp16, of entries `codes` of an int32 table."""
+    words = tl.load(table_ptr + codes)
+    low = (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+    return low, (words >> 16).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit

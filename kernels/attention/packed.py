@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from polarcache.kernels.codec import Codec
 from polarcache.kernels.layout import LANES, TILE_TOKENS, Field
-from polarcache.kernels.profile import ArcPair, Exact, Integer, Pair
+from polarcache.kernels.polar.codebook import rayleigh_points
+from polarcache.kernels.polar.pair import FP16_MAX
+from polarcache.kernels.polar.rotation import mixing
+from polarcache.kernels.profile import ArcPair, Exact, Integer, Pair, Polar
 
-__all__ = ["key_constants", "value_constants"]
+__all__ = ["key_constants", "mix_matrix", "polar_table", "value_constants"]
 
 
 def key_constants(codec: Codec) -> tuple[str, tuple[Any, ...]] | None:
@@ -21,6 +29,7 @@ def key_constants(codec: Codec) -> tuple[str, tuple[Any, ...]] | None:
     Returns:
         (`exact`, (offset,)) or (`pair` or `arc2`, (radius bits, angle bits, tokens of a group,
         tiles of a unit or 0 in plain rows, offsets of codes and of each kind of parameters)).
+        `polar` is like them, with 0 for tokens of a group.
     """
     key, fields = codec.profile.key, _fields(codec)
     names: tuple[str, ...]
@@ -30,11 +39,15 @@ def key_constants(codec: Codec) -> tuple[str, tuple[Any, ...]] | None:
         kind, names = "pair", ("key_codes", "key_parameters")
     elif isinstance(key, ArcPair) and not key.tiers:
         kind, names = "arc2", ("key_codes", "key_arcs", "key_radii")
+    elif isinstance(key, Polar):
+        kind = "polar"
+        names = ("key_codes", "key_gains", "key_means", "key_scales", "key_balance")
     else:
         return None
     tiles = _unit_tiles(fields["key_codes"], TILE_TOKENS * codec.shape.pairs)
     offsets = (fields[name].offset for name in names)
-    return kind, (key.radius_bits, key.angle_bits, key.group_tokens, tiles, *offsets)
+    group = 0 if isinstance(key, Polar) else key.group_tokens
+    return kind, (key.radius_bits, key.angle_bits, group, tiles, *offsets)
 
 
 def value_constants(codec: Codec) -> tuple[str, tuple[Any, ...]] | None:
@@ -44,8 +57,10 @@ def value_constants(codec: Codec) -> tuple[str, tuple[Any, ...]] | None:
         codec: the codec of the pages.
 
     Returns:
-        (`exact`, (offset,)) or (`integer`, (bits, channels of a group, tiles of a unit or 0 in
-        plain rows, whether parameters lie by tiles, offsets of codes and parameters)).
+        (`exact`, (offset,)), (`integer`, (bits, channels of a group, tiles of a unit or 0 in
+        plain rows, whether parameters lie by tiles, offsets of codes and parameters)) or
+        (`polar`, (radius bits, angle bits, tiles of a unit or 0, offsets of codes and gains, the
+        largest gain that no code decodes above the largest fp16 with)).
     """
     value, channels, fields = codec.profile.value, codec.shape.v_head_dim, _fields(codec)
     if isinstance(value, Exact):
@@ -56,7 +71,45 @@ def value_constants(codec: Codec) -> tuple[str, tuple[Any, ...]] | None:
         tiled = codec.shape.tokens % TILE_TOKENS == 0
         group = value.channels_per_group(channels)
         return "integer", (value.bits, group, tiles, tiled, codes.offset, parameters.offset)
+    if isinstance(value, Polar):
+        codes, gains = fields["value_codes"], fields["value_gains"]
+        tiles = _unit_tiles(codes, TILE_TOKENS * channels // 2)
+        limit = FP16_MAX / rayleigh_points(value.radius_bits)[-1]
+        bits = (value.radius_bits, value.angle_bits)
+        return "polar", (*bits, tiles, codes.offset, gains.offset, limit)
     return None
+
+
+@lru_cache(maxsize=64)
+def polar_table(radius_bits: int, angle_bits: int, device: torch.device) -> Tensor:
+    """Returns what each code of the universal polar codec stands for, at gain 1.
+
+    Args:
+        radius_bits: bits of a radius code.
+        angle_bits: bits of an angle code.
+        device: where the table lies.
+
+    Returns:
+        int32 [2**(radius_bits + angle_bits)]: two fp16 numbers, the first in the low half.
+    """
+    points = torch.tensor(rayleigh_points(radius_bits), dtype=torch.float64).unsqueeze(1)
+    steps = 1 << angle_bits
+    phase = (torch.arange(steps, dtype=torch.float64) + 0.5) * (2 * math.pi / steps)
+    both = torch.stack((points * phase.cos(), points * phase.sin()), -1).half()
+    words: Tensor = both.view(-1, 2).view(torch.int32).flatten()
+    return words.to(device)
+
+
+@lru_cache(maxsize=64)
+def mix_matrix(head_dim: int, device: torch.device) -> Tensor:
+    """Returns the mixing of channels times the root of `head_dim`, fp16: whole for powers of two.
+
+    Args:
+        head_dim: channels.
+        device: where the matrix lies.
+    """
+    matrix = mixing(head_dim, torch.device("cpu")) * math.sqrt(head_dim)
+    return matrix.half().to(device)
 
 
 def _fields(codec: Codec) -> Mapping[str, Field]:

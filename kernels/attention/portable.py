@@ -1,8 +1,8 @@
 """Attention over packed pages by Triton kernels, on any GPU since compute capability 8.0.
 
-Covers every shape, option and query dtype with keys `exact`, `pair:r..t..` or `pair:..:arc2` and
-values `exact`, `int4` or `int2`. Other codecs have no kernel: `PrefixAttention` decodes them page
-by page in plain torch.
+Covers every shape, option and query dtype with keys `exact`, `pair:r..t..`, `pair:..:arc2` or
+`polar` and values `exact`, `int4`, `int2` or `polar`. Other codecs have no kernel:
+`PrefixAttention` decodes them page by page in plain torch.
 """
 
 from __future__ import annotations
@@ -19,17 +19,22 @@ from torch import Tensor
 from polarcache.kernels.attention.batch import PrefixBatch
 from polarcache.kernels.attention.flash import attend_kernel, merge_kernel
 from polarcache.kernels.attention.options import AttentionOptions
-from polarcache.kernels.attention.packed import key_constants, value_constants
+from polarcache.kernels.attention.packed import (
+    key_constants,
+    mix_matrix,
+    polar_table,
+    value_constants,
+)
 from polarcache.kernels.codec import Codec
 from polarcache.kernels.errors import ShapeError
 from polarcache.kernels.layout import TILE_TOKENS
-from polarcache.kernels.profile import Exact
+from polarcache.kernels.polar.rotation import mixing
+from polarcache.kernels.profile import Exact, Polar
 
 __all__ = ["PortableAttention", "Tuning"]
 
 _ONE = 0x3F800000  # the bits of 1.0
 _MIN_ROWS = 16  # the tensor cores' rows
-_MAX_ROWS = 64
 _SPLIT_TOKENS = 128  # the fewest that are worth a split
 _MAX_SPLITS = 256
 _MERGED_SPLITS = 32  # at a time
@@ -57,15 +62,18 @@ class Tuning:
     programs: int
 
 
-# By whether a side is packed, and query rows of a program. Decoding keeps one warp busy, which then
-# waits for no other; exact sides only move bytes, in wide tiles.
+# By work and query rows of a program. Decoding keeps one warp busy, which then waits for no other;
+# mixing a page's queries takes four to hold the matrix (Triton 3.6 cannot compile it for 64 rows on
+# Hopper); exact sides only move bytes, in wide tiles.
 _TUNINGS = {
-    (True, 16): Tuning(2048, 1, 1, 16),
-    (True, 32): Tuning(4096, 2, 1, 6),
-    (True, 64): Tuning(8192, 4, 1, 2),
-    (False, 16): Tuning(8192, 4, 3, 2),
-    (False, 32): Tuning(8192, 4, 2, 2),
-    (False, 64): Tuning(8192, 4, 2, 2),
+    ("decode", 16): Tuning(2048, 1, 1, 16),
+    ("decode", 32): Tuning(4096, 2, 1, 6),
+    ("decode", 64): Tuning(8192, 4, 1, 2),
+    ("mix", 16): Tuning(8192, 4, 1, 3),
+    ("mix", 32): Tuning(8192, 4, 1, 3),
+    ("move", 16): Tuning(8192, 4, 3, 2),
+    ("move", 32): Tuning(8192, 4, 2, 2),
+    ("move", 64): Tuning(8192, 4, 2, 2),
 }
 
 
@@ -79,7 +87,7 @@ class PortableAttention:
         options: how scores become weights.
         num_sms: multiprocessors of the device.
         constants: constexpr arguments of `attend_kernel` that no call changes.
-        tunings: for 16, 32 and 64 query rows of a program.
+        tunings: by query rows of a program: 16, 32 and, of most codecs, 64.
     """
 
     codec: Codec
@@ -130,9 +138,12 @@ class PortableAttention:
             "WIDE_V": triton.next_power_of_2(shape.v_head_dim),
             "FAST": fast,
         }
-        profile = codec.profile
-        packed = not (isinstance(profile.key, Exact) and isinstance(profile.value, Exact))
-        tunings = {rows: tuning for (kind, rows), tuning in _TUNINGS.items() if kind == packed}
+        work = "decode"
+        if key[0] == "polar":
+            work = "mix"
+        elif key[0] == value[0] == "exact":
+            work = "move"
+        tunings = {rows: tuning for (kind, rows), tuning in _TUNINGS.items() if kind == work}
         return cls(codec, query_heads, options, num_sms, constants, tunings)
 
     @property
@@ -142,8 +153,12 @@ class PortableAttention:
 
     def workspace_bytes(self, num_queries: int, num_sequences: int, max_pages: int) -> int:
         """Returns the bytes of scratch memory that a call of at most these sizes needs."""
-        if not num_queries or not num_sequences or self._most_splits(max_pages) == 1:
+        if not num_queries or not num_sequences:
             return 0
+        mixed = 4 * num_queries * self.query_heads * self.codec.shape.v_head_dim
+        mixed *= isinstance(self.codec.profile.value, Polar)
+        if self._most_splits(max_pages) == 1:
+            return mixed
         # Splits fill the device at most, whatever the number of programs without them.
         largest = self._tile_rows(num_queries)
         rows = max(
@@ -151,7 +166,7 @@ class PortableAttention:
             for rows, tuning in self.tunings.items()
             if rows <= largest
         )
-        return rows * (self.codec.shape.v_head_dim + 1) * 4
+        return mixed + rows * (self.codec.shape.v_head_dim + 1) * 4
 
     def attend(
         self,
@@ -172,9 +187,15 @@ class PortableAttention:
         row_tiles = -(-batch.max_rows * share // rows)
         programs = batch.num_sequences * row_tiles
         splits = self._splits(programs, rows, batch.page_table.shape[1])
-        part, part_lse = out, lse
-        if splits > 1 and workspace is not None:
+        key, value = self.codec.profile.key, self.codec.profile.value
+        floats = None
+        if workspace is not None:
             floats = workspace[: workspace.shape[0] // 4 * 4].view(torch.float32)
+        mixed = out
+        if isinstance(value, Polar) and floats is not None:
+            mixed, floats = floats[: out.numel()].view(out.shape), floats[out.numel() :]
+        part, part_lse = mixed, lse
+        if splits > 1 and floats is not None:
             numbers = programs * shape.kv_heads * splits * rows
             part = floats[: numbers * shape.v_head_dim]
             part_lse = floats[part.shape[0] : part.shape[0] + numbers]
@@ -182,6 +203,8 @@ class PortableAttention:
         attend_kernel[(programs, shape.kv_heads, splits)](
             query, batch.memory, batch.page_table, batch.lengths, batch.query_starts,
             batch.positions if options.window else None, part, part_lse,
+            _table(key, query.device), _table(value, query.device),
+            mix_matrix(shape.head_dim, query.device) if isinstance(key, Polar) else None,
             batch.page_table.shape[1], batch.slice_offset, row_tiles, splits,
             options.scale or shape.head_dim**-0.5, options.soft_cap,
             options.window, options.sink_tokens, _ONE,
@@ -190,11 +213,15 @@ class PortableAttention:
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(programs, shape.kv_heads, min(rows, batch.max_rows * share))](
-                part, part_lse, batch.query_starts, out, lse, row_tiles, splits,
+                part, part_lse, batch.query_starts, mixed, lse, row_tiles, splits,
                 HEADS=shape.kv_heads, DV=shape.v_head_dim, SHARE=share, BM=rows,
                 WIDE_V=self.constants["WIDE_V"], SPLITS=triton.next_power_of_2(splits),
                 CHUNK=min(_MERGED_SPLITS, triton.next_power_of_2(splits)),
             )  # fmt: skip
+        if isinstance(value, Polar):
+            channels = shape.v_head_dim
+            matrix = mixing(channels, query.device)
+            torch.mm(mixed.view(-1, channels), matrix, out=out.view(-1, channels))
 
     def constants_of(self, query_dtype: torch.dtype, rows: int) -> dict[str, Any]:
         """Returns the constexpr arguments of `attend_kernel` but SPLIT.
@@ -221,7 +248,7 @@ class PortableAttention:
     def _tile_rows(self, num_rows: int) -> int:
         """Returns rows of a program for so many query rows of one sequence."""
         rows = _MIN_ROWS
-        while rows < min(num_rows * self.share, _MAX_ROWS):
+        while rows < min(num_rows * self.share, max(self.tunings)):
             rows *= 2
         return rows
 
@@ -265,3 +292,9 @@ class PortableAttention:
                 f"workspace {workspace.dtype} {tuple(workspace.shape)} on {workspace.device}: "
                 f"expected uint8 of at least {needed} bytes on {query.device}, aligned to 16"
             )
+
+
+def _table(codec: object, device: torch.device) -> Tensor | None:
+    if not isinstance(codec, Polar):
+        return None
+    return polar_table(codec.radius_bits, codec.angle_bits, device)

@@ -21,12 +21,16 @@ CASES = [
     ("k=pair:r3t3:g32,v=int2", HALF, torch.bfloat16, "bf16", OPTIONS, 64),
     ("k=pair:arc2,v=exact", BlockShape(128, 2, 96, 80, "half", 32), torch.bfloat16, "fp32",
      OPTIONS, 32),
+    ("k=polar,v=polar", HALF, torch.float16, "bf16", AttentionOptions(), 16),
+    ("k=polar:r2t4,v=polar:r2t3", BlockShape(128, 2, 80, 96, "half", 32), torch.float16, "fp16",
+     AttentionOptions(), 32),
     ("exact", BlockShape(16, 2, 80, 256, "interleaved", 80), torch.bfloat16, "fp16", OPTIONS, 16),
     ("exact", BlockShape(24, 2, 64, 64, "half", 64), torch.float32, "fp32", OPTIONS, 16),
 ]  # fmt: skip
 WORDS = {
-    "q_ptr": None, "memory_ptr": "*u8", "out_ptr": "*fp32", "lse_ptr": "*fp32",
-    "part_ptr": "*fp32", "part_lse_ptr": "*fp32", "scale": "fp32", "soft_cap": "fp32",
+    "q_ptr": None, "memory_ptr": "*u8", "mix_ptr": "*fp16", "out_ptr": "*fp32",
+    "lse_ptr": "*fp32", "part_ptr": "*fp32", "part_lse_ptr": "*fp32", "scale": "fp32",
+    "soft_cap": "fp32",
 }  # fmt: skip
 
 
@@ -59,6 +63,10 @@ def test_kernels_compile_without_a_gpu(
     constants = plan.constants_of(query_dtype, rows) | {"SPLIT": rows == 16}
     if not options.window:
         constants["positions_ptr"] = None
+    if "k=polar" not in text:
+        constants |= {"key_table_ptr": None, "mix_ptr": None}
+    if "v=polar" not in text:
+        constants["value_table_ptr"] = None
     kernel = compiled(flash.attend_kernel, constants, query, capability, plan.warps(rows))
     assert kernel.asm["cubin"]
     merge = {name: constants[name] for name in ("HEADS", "DV", "SHARE", "BM", "WIDE_V")}
