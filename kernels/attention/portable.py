@@ -35,6 +35,7 @@ __all__ = ["PortableAttention", "Tuning"]
 
 _ONE = 0x3F800000  # the bits of 1.0
 _MIN_ROWS = 16  # the tensor cores' rows
+_MAX_WARPS = 8
 _SPLIT_TOKENS = 128  # the fewest that are worth a split
 _MAX_SPLITS = 256
 _MERGED_SPLITS = 32  # at a time
@@ -66,11 +67,11 @@ class Tuning:
 # mixing a page's queries takes four to hold the matrix (Triton 3.6 cannot compile it for 64 rows on
 # Hopper); exact sides only move bytes, in wide tiles.
 _TUNINGS = {
-    ("decode", 16): Tuning(2048, 1, 1, 16),
+    ("decode", 16): Tuning(2048, 1, 1, 12),
     ("decode", 32): Tuning(4096, 2, 1, 6),
-    ("decode", 64): Tuning(8192, 4, 1, 2),
-    ("mix", 16): Tuning(8192, 4, 1, 3),
-    ("mix", 32): Tuning(8192, 4, 1, 3),
+    ("decode", 64): Tuning(8192, 8, 1, 2),
+    ("mix", 16): Tuning(8192, 4, 1, 2),
+    ("mix", 32): Tuning(8192, 4, 1, 2),
     ("move", 16): Tuning(8192, 4, 3, 2),
     ("move", 32): Tuning(8192, 4, 2, 2),
     ("move", 64): Tuning(8192, 4, 2, 2),
@@ -243,7 +244,7 @@ class PortableAttention:
     def warps(self, rows: int) -> int:
         """Returns warps of a program of so many query rows; wide heads need more registers."""
         widest = max(self.constants["WIDE_K"], self.constants["WIDE_V"])
-        return self.tunings[rows].num_warps * (2 if widest > 128 else 1)
+        return min(_MAX_WARPS, self.tunings[rows].num_warps * (2 if widest > 128 else 1))
 
     def _tile_rows(self, num_rows: int) -> int:
         """Returns rows of a program for so many query rows of one sequence."""
