@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from polarcache.kernels.attention.load_keys import key_channels, load_keys
+from polarcache.kernels.attention.load_tiers import load_tiers, tier_queries
 from polarcache.kernels.attention.load_values import load_values, value_channels
 from polarcache.kernels.attention.page_queries import as_halves, page_gains, page_queries
 
@@ -91,7 +92,7 @@ def attend_kernel(
         return
     length = tl.load(lengths_ptr + sequence)
     query_head = row * (HEADS * SHARE) + head * SHARE + share
-    if KEY_KIND != "polar":
+    if KEY_KIND != "polar" and KEY_KIND != "tiers":
         column = tl.arange(0, WIDE_K)
         channel, known = key_channels(column, KEY_KIND, D, ROTARY, INTERLEAVED)
         at = q_ptr + query_head.to(tl.int64)[:, None] * D + channel[None, :]
@@ -141,10 +142,13 @@ def attend_kernel(
         tile = tl.where(index + 1 < sink_tiles, index + 1, index + 1 - sink_tiles + first_tile)
         unit_of_page = tl.load(pages_ptr + tile // PAGE_TILES, mask=index + 1 < end, other=0)
 
-        k = load_keys(
-            slice_ptr, key_table_ptr, head, first_token, rows, one, KEY_KIND, KEY, ELEMENT, T,
-            HEADS, D, WIDE_K, BT, FAST,
-        )  # fmt: skip
+        if KEY_KIND == "tiers":
+            k = load_tiers(slice_ptr, head, first_token, rows, one, KEY, T, D, WIDE_K, BT, FAST)
+        else:
+            k = load_keys(
+                slice_ptr, key_table_ptr, head, first_token, rows, one, KEY_KIND, KEY, ELEMENT, T,
+                HEADS, D, WIDE_K, BT, FAST,
+            )  # fmt: skip
         # Before the products, so that bytes of both sides are on their way together.
         v = load_values(
             slice_ptr, value_table_ptr, head, first_token, rows, seen, one, VALUE_KIND, VALUE,
@@ -159,6 +163,11 @@ def attend_kernel(
             gains = page_gains(slice_ptr, head, token, KEY, T)
             scores = tl.dot(q, tl.trans(k)) * unit[:, None] * gains[None, :] + offset[:, None]
             scores = scores * scale
+        elif KEY_KIND == "tiers":
+            q, unit = tier_queries(
+                q_ptr, query_head, exists, slice_ptr, head, KEY, D, WIDE_K, ROTARY, INTERLEAVED
+            )
+            scores = tl.dot(q, tl.trans(k)) * (unit * scale)[:, None]
         elif SCORES == "half":
             scores = tl.dot(q_high, tl.trans(k))
             if q_ptr.dtype.element_ty == tl.float32:

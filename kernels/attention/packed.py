@@ -29,15 +29,22 @@ def key_constants(codec: Codec) -> tuple[str, tuple[Any, ...]] | None:
     Returns:
         (`exact`, (offset,)) or (`pair` or `arc2`, (radius bits, angle bits, tokens of a group,
         tiles of a unit or 0 in plain rows, offsets of codes and of each kind of parameters)).
-        `polar` is like them, with 0 for tokens of a group.
+        `polar` is like them, with 0 for tokens of a group; `tiers` as `load_tiers` takes it.
     """
     key, fields = codec.profile.key, _fields(codec)
     names: tuple[str, ...]
     if isinstance(key, Exact):
         return "exact", (fields["key_elements"].offset,)
+    if isinstance(key, ArcPair) and key.tiers:
+        numbers = [key.group_tokens]
+        numbers += [fields[name].offset for name in ("key_order", "key_arcs", "key_radii")]
+        for index, (count, *bits) in enumerate(key.classes(codec.shape.pairs)):
+            streams = [fields[f"key_{name}{index}"] for name in ("radius", "angle")]
+            numbers += [count, *bits, *(stream.offset for stream in streams)]
+        return "tiers", tuple(numbers)
     if isinstance(key, Pair):
         kind, names = "pair", ("key_codes", "key_parameters")
-    elif isinstance(key, ArcPair) and not key.tiers:
+    elif isinstance(key, ArcPair):
         kind, names = "arc2", ("key_codes", "key_arcs", "key_radii")
     elif isinstance(key, Polar):
         kind = "polar"

@@ -1,7 +1,7 @@
 """Attention over packed pages by Triton kernels, on any GPU since compute capability 8.0.
 
-Covers every shape, option and query dtype with keys `exact`, `pair:r..t..`, `pair:..:arc2` or
-`polar` and values `exact`, `int4`, `int2` or `polar`. Other codecs have no kernel:
+Covers every shape, option and query dtype with keys `exact`, `pair:r..t..`, `pair:..:arc2`,
+`pair:tiers` or `polar` and values `exact`, `int4`, `int2` or `polar`. Other codecs have no kernel:
 `PrefixAttention` decodes them page by page in plain torch.
 """
 
@@ -140,7 +140,7 @@ class PortableAttention:
             "FAST": fast,
         }
         work = "decode"
-        if key[0] == "polar":
+        if key[0] in ("polar", "tiers"):
             work = "mix"
         elif key[0] == value[0] == "exact":
             work = "move"

@@ -22,6 +22,8 @@ PROFILES = [
     ("k=pair:r3t4:arc2:g32,v=int4", BlockShape(32, 2, 64, 96, "half", 64)),
     ("k=exact,v=int4", BlockShape(24, 1, 48, 32, "half", 48)),
     ("k=polar,v=polar", HALF),
+    ("k=pair:tiers8:g32,v=int4", HALF),
+    ("k=pair:tiers5:g32,v=polar:r2t4", BlockShape(64, 2, 80, 64, "half", 32)),
     ("k=polar:r2t3,v=polar:r3t4", BlockShape(64, 1, 80, 96, "half", 32)),
     ("k=polar:r1t3,v=int4", BlockShape(32, 1, 128, 64, "interleaved", 128)),
     ("k=exact,v=polar:r4t4", BlockShape(32, 1, 64, 128, "half", 64)),
