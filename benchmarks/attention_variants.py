@@ -186,8 +186,6 @@ def polarcache(case: Case, *, profile: str, portable: bool, check: bool) -> Read
     if portable:
         sms = torch.cuda.get_device_properties(0).multi_processor_count
         kernels = PortableAttention.of(codec, QUERY_HEADS, AttentionOptions(), sms)
-        if kernels is None:
-            raise ValueError(f"{profile}: expected a profile with portable kernels")
         call, workspace_bytes = kernels.attend, kernels.workspace_bytes(*sizes)
     workspace = torch.full((workspace_bytes,), 0xFF, dtype=torch.uint8, device="cuda")
     lse = torch.empty((case.rows, QUERY_HEADS), device="cuda")

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from polarcache.kernels.attention.load_keys import key_channels, load_keys
 from polarcache.kernels.attention.load_tiers import load_tiers, tier_queries
+from polarcache.kernels.attention.load_trees import load_trees, mean_scores
 from polarcache.kernels.attention.load_values import load_values, value_channels
 from polarcache.kernels.attention.page_queries import as_halves, page_gains, page_queries
 
@@ -42,6 +43,7 @@ def attend_kernel(
     key_table_ptr,
     value_table_ptr,
     mix_ptr,
+    raw_q_ptr,
     max_pages,
     slice_offset,
     row_tiles,
@@ -75,8 +77,9 @@ def attend_kernel(
     """Attends with BM rows of one KV head to one split of their sequence's tokens.
 
     Grid: (sequences * row_tiles, HEADS, splits).
-    Reads: q fp16, bf16 or fp32 [num_queries, HEADS * SHARE, D]; memory uint8; table, lengths,
-    starts, positions int32, as `PrefixBatch` has them.
+    Reads: q fp16, bf16 or fp32 [num_queries, HEADS * SHARE, D], of rotated keys rotated (raw_q, if
+    they were centred, not); memory uint8; table, lengths, starts, positions int32, as `PrefixBatch`
+    has them; tables and matrices as `packed.py` makes them, or None.
     Writes: out fp32, every element of existing rows: [num_queries, HEADS * SHARE, DV] with one
     split, else [programs, BM, DV]; lse fp32, natural logarithm, [num_queries, HEADS * SHARE] or
     [programs, BM].
@@ -144,16 +147,27 @@ def attend_kernel(
 
         if KEY_KIND == "tiers":
             k = load_tiers(slice_ptr, head, first_token, rows, one, KEY, T, D, WIDE_K, BT, FAST)
+        elif KEY_KIND == "tree":
+            k = load_trees(
+                slice_ptr, key_table_ptr, head, first_token, rows, seen, "key", KEY, T, D, WIDE_K,
+                FAST,
+            )  # fmt: skip
         else:
             k = load_keys(
                 slice_ptr, key_table_ptr, head, first_token, rows, one, KEY_KIND, KEY, ELEMENT, T,
                 HEADS, D, WIDE_K, BT, FAST,
             )  # fmt: skip
         # Before the products, so that bytes of both sides are on their way together.
-        v = load_values(
-            slice_ptr, value_table_ptr, head, first_token, rows, seen, one, VALUE_KIND, VALUE,
-            ELEMENT, T, HEADS, DV, WIDE_V,
-        )  # fmt: skip
+        if VALUE_KIND == "tree":
+            v = load_trees(
+                slice_ptr, value_table_ptr, head, first_token, rows, seen, "value", VALUE, T, DV,
+                WIDE_V, FAST,
+            )  # fmt: skip
+        else:
+            v = load_values(
+                slice_ptr, value_table_ptr, head, first_token, rows, seen, one, VALUE_KIND, VALUE,
+                ELEMENT, T, HEADS, DV, WIDE_V,
+            )  # fmt: skip
         if KEY_KIND == "polar":
             q, unit, offset = page_queries(
                 q_ptr, query_head, exists, mix_ptr, slice_ptr, head, KEY, D, WIDE_K, ROTARY,
@@ -173,6 +187,9 @@ def attend_kernel(
             if q_ptr.dtype.element_ty == tl.float32:
                 scores += tl.dot(q_low, tl.trans(k)) * (1.0 / LOW_SHIFT)
             scores = scores * factor[:, None]
+            if raw_q_ptr is not None:
+                offset = mean_scores(raw_q_ptr, query_head, exists, slice_ptr, head, KEY, D, WIDE_K)
+                scores += (offset * scale)[:, None]
         elif SCORES == "same":
             scores = tl.dot(q_high, tl.trans(k)) * factor[:, None]
         else:

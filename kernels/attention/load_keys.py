@@ -15,11 +15,14 @@ def key_channels(column, KIND: tl.constexpr, D: tl.constexpr, ROTARY: tl.constex
                  INTERLEAVED: tl.constexpr):  # fmt: skip
     """Returns the channel of each column that `load_keys` gives, and whether there is one.
 
-    Exact columns are channels. Else column 16 k + 4 c + 2 h + s is channel s of pair 8 k + 4 h + c;
-    pairs of `polar` are those of its mixed channels, j and j + D / 2.
+    Exact columns are channels, column 2 j + s of trees is rotated channel j + s D / 2. Else column
+    16 k + 4 c + 2 h + s is channel s of pair 8 k + 4 h + c; pairs of `polar` are those of its mixed
+    channels, j and j + D / 2.
     """
     if KIND == "exact":
         return column, column < D
+    elif KIND == "tree":
+        return column // 2 + column % 2 * (D // 2), column < D
     else:
         pair = column // 16 * 8 + column // 4 % 4 + column // 2 % 2 * 4
         if KIND == "polar":

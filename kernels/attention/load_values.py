@@ -17,11 +17,11 @@ def value_channels(column, KIND: tl.constexpr, D: tl.constexpr):
     """Returns the channel of each column that `load_values` gives, and whether there is one.
 
     Exact columns are channels, column 16 k + 2 g + h of integers is channel 16 k + 8 h + g, column
-    2 j + s of `polar` is channel s of the mixed channels' pair j, j + s D / 2.
+    2 j + s of `polar` and trees is mixed channel j + s D / 2.
     """
     if KIND == "exact":
         channel = column
-    elif KIND == "polar":
+    elif KIND == "polar" or KIND == "tree":
         channel = column // 2 + column % 2 * (D // 2)
     else:
         channel = column // 16 * 16 + column // 2 % 8 + column % 2 * 8

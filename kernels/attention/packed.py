@@ -12,16 +12,25 @@ from torch import Tensor
 
 from polarcache.kernels.codec import Codec
 from polarcache.kernels.layout import LANES, TILE_TOKENS, Field
-from polarcache.kernels.polar.codebook import rayleigh_points
+from polarcache.kernels.options import (
+    ArcPair,
+    Exact,
+    Integer,
+    KeyCodec,
+    Pair,
+    Polar,
+    Recursive,
+    ValueCodec,
+)
+from polarcache.kernels.polar.codebook import centroids, rayleigh_points
 from polarcache.kernels.polar.pair import FP16_MAX
-from polarcache.kernels.polar.rotation import mixing
-from polarcache.kernels.profile import ArcPair, Exact, Integer, Pair, Polar
+from polarcache.kernels.polar.rotation import mixing, rotation
 
-__all__ = ["key_constants", "mix_matrix", "polar_table", "value_constants"]
+__all__ = ["key_constants", "mix_matrix", "side_rotation", "side_table", "value_constants"]
 
 
-def key_constants(codec: Codec) -> tuple[str, tuple[Any, ...]] | None:
-    """Returns the kind of keys and what `load_keys` needs for it; None without a kernel.
+def key_constants(codec: Codec) -> tuple[str, tuple[Any, ...]]:
+    """Returns the kind of keys and what its loader needs.
 
     Args:
         codec: the codec of the pages.
@@ -29,9 +38,12 @@ def key_constants(codec: Codec) -> tuple[str, tuple[Any, ...]] | None:
     Returns:
         (`exact`, (offset,)) or (`pair` or `arc2`, (radius bits, angle bits, tokens of a group,
         tiles of a unit or 0 in plain rows, offsets of codes and of each kind of parameters)).
-        `polar` is like them, with 0 for tokens of a group; `tiers` as `load_tiers` takes it.
+        `polar` is like them, with 0 for tokens of a group; `tiers` as `load_tiers` takes it,
+        `tree` as `load_trees` does.
     """
     key, fields = codec.profile.key, _fields(codec)
+    if isinstance(key, Recursive):
+        return "tree", _tree_constants(codec, key, "key", codec.shape.head_dim)
     names: tuple[str, ...]
     if isinstance(key, Exact):
         return "exact", (fields["key_elements"].offset,)
@@ -46,19 +58,17 @@ def key_constants(codec: Codec) -> tuple[str, tuple[Any, ...]] | None:
         kind, names = "pair", ("key_codes", "key_parameters")
     elif isinstance(key, ArcPair):
         kind, names = "arc2", ("key_codes", "key_arcs", "key_radii")
-    elif isinstance(key, Polar):
+    else:
         kind = "polar"
         names = ("key_codes", "key_gains", "key_means", "key_scales", "key_balance")
-    else:
-        return None
     tiles = _unit_tiles(fields["key_codes"], TILE_TOKENS * codec.shape.pairs)
     offsets = (fields[name].offset for name in names)
     group = 0 if isinstance(key, Polar) else key.group_tokens
     return kind, (key.radius_bits, key.angle_bits, group, tiles, *offsets)
 
 
-def value_constants(codec: Codec) -> tuple[str, tuple[Any, ...]] | None:
-    """Returns the kind of values and what `load_values` needs; None without a kernel.
+def value_constants(codec: Codec) -> tuple[str, tuple[Any, ...]]:
+    """Returns the kind of values and what its loader needs.
 
     Args:
         codec: the codec of the pages.
@@ -67,7 +77,8 @@ def value_constants(codec: Codec) -> tuple[str, tuple[Any, ...]] | None:
         (`exact`, (offset,)), (`integer`, (bits, channels of a group, tiles of a unit or 0 in
         plain rows, whether parameters lie by tiles, offsets of codes and parameters)) or
         (`polar`, (radius bits, angle bits, tiles of a unit or 0, offsets of codes and gains, the
-        largest gain that no code decodes above the largest fp16 with)).
+        largest gain that no code decodes above the largest fp16 with)) or `tree` as `load_trees`
+        takes it.
     """
     value, channels, fields = codec.profile.value, codec.shape.v_head_dim, _fields(codec)
     if isinstance(value, Exact):
@@ -84,7 +95,72 @@ def value_constants(codec: Codec) -> tuple[str, tuple[Any, ...]] | None:
         limit = FP16_MAX / rayleigh_points(value.radius_bits)[-1]
         bits = (value.radius_bits, value.angle_bits)
         return "polar", (*bits, tiles, codes.offset, gains.offset, limit)
+    return "tree", _tree_constants(codec, value, "value", channels)
+
+
+def _tree_constants(codec: Codec, own: Recursive, side: str, channels: int) -> tuple[int, ...]:
+    """Returns what `load_trees` needs to know of one side."""
+    fields = _fields(codec)
+    level_bits = own.level_bits(channels)
+    tiled = len(fields[f"{side}_level1"].order.split) > 4
+    book = fields[f"{side}_codebook"].offset if own.codebook == "kmeans" else -1
+    radii = ("published", "log8", "deep").index(own.form)
+    numbers = [len(level_bits), int(tiled), book, radii, fields[f"{side}_radii"].offset]
+    for name in ("means", "scales"):
+        field = fields.get(f"{side}_{name}")
+        numbers.append(-1 if field is None else field.offset)
+    for level, bits in enumerate(level_bits, start=1):
+        numbers += [bits, fields[f"{side}_level{level}"].offset]
+    return tuple(numbers)
+
+
+def _fields(codec: Codec) -> Mapping[str, Field]:
+    return {field.name: field for field in codec.layout.fields}
+
+
+def side_table(own: KeyCodec | ValueCodec, channels: int, device: torch.device) -> Tensor | None:
+    """Returns the table of one side that the kernels read, None where it needs none.
+
+    Args:
+        own: codec of the side.
+        channels: of a head.
+        device: where the table lies.
+    """
+    if isinstance(own, Polar):
+        return polar_table(own.radius_bits, own.angle_bits, device)
+    if isinstance(own, Recursive) and own.codebook == "analytic":
+        return tree_table(own.level_bits(channels), device)
     return None
+
+
+def side_rotation(own: KeyCodec | ValueCodec, channels: int, device: torch.device) -> Tensor | None:
+    """Returns the matrix fp32 [D, D] that coded rows are multiplied with last, None without one.
+
+    Args:
+        own: codec of the side.
+        channels: of a head.
+        device: where the matrix lies.
+    """
+    if isinstance(own, Polar):
+        return mixing(channels, device)
+    if isinstance(own, Recursive):
+        return rotation(channels, own.seed, device)
+    return None
+
+
+@lru_cache(maxsize=64)
+def tree_table(level_bits: tuple[int, ...], device: torch.device) -> Tensor:
+    """Returns cosines and sines of the analytic codebooks of all levels, fp32 [levels, 2, 16].
+
+    Args:
+        level_bits: bits of each level, at most 4.
+        device: where the table lies.
+    """
+    table = torch.zeros((len(level_bits), 2, 16))
+    for level, bits in enumerate(level_bits):
+        angles = torch.tensor(centroids(level + 1, bits), dtype=torch.float64)
+        table[level, 0, : len(angles)], table[level, 1, : len(angles)] = angles.cos(), angles.sin()
+    return table.to(device)
 
 
 @lru_cache(maxsize=64)
@@ -117,10 +193,6 @@ def mix_matrix(head_dim: int, device: torch.device) -> Tensor:
     """
     matrix = mixing(head_dim, torch.device("cpu")) * math.sqrt(head_dim)
     return matrix.half().to(device)
-
-
-def _fields(codec: Codec) -> Mapping[str, Field]:
-    return {field.name: field for field in codec.layout.fields}
 
 
 def _unit_tiles(codes: Field, tile_codes: int) -> int:

@@ -1,8 +1,7 @@
 """Attention over packed pages by Triton kernels, on any GPU since compute capability 8.0.
 
-Covers every shape, option and query dtype with keys `exact`, `pair:r..t..`, `pair:..:arc2`,
-`pair:tiers` or `polar` and values `exact`, `int4`, `int2` or `polar`. Other codecs have no kernel:
-`PrefixAttention` decodes them page by page in plain torch.
+Covers every codec, shape, option and query dtype. Pages of 8 tokens and other odd sizes are covered
+too, at the cost of tiles that are partly empty.
 """
 
 from __future__ import annotations
@@ -22,14 +21,15 @@ from polarcache.kernels.attention.options import AttentionOptions
 from polarcache.kernels.attention.packed import (
     key_constants,
     mix_matrix,
-    polar_table,
+    side_rotation,
+    side_table,
     value_constants,
 )
 from polarcache.kernels.codec import Codec
 from polarcache.kernels.errors import ShapeError
 from polarcache.kernels.layout import TILE_TOKENS
-from polarcache.kernels.polar.rotation import mixing
-from polarcache.kernels.profile import Exact, Polar
+from polarcache.kernels.polar.rotation import rotation
+from polarcache.kernels.profile import Exact, Polar, Recursive
 
 __all__ = ["PortableAttention", "Tuning"]
 
@@ -107,8 +107,8 @@ class PortableAttention:
         num_sms: int,
         *,
         fast: bool = True,
-    ) -> Self | None:
-        """Returns the kernels for a codec, or None where it has none.
+    ) -> Self:
+        """Returns the kernels for a codec.
 
         Args:
             codec: the codec of the pages.
@@ -119,8 +119,6 @@ class PortableAttention:
         """
         shape = codec.shape
         key, value = key_constants(codec), value_constants(codec)
-        if key is None or value is None:
-            return None
         constants = {
             "KEY_KIND": key[0],
             "KEY": key[1],
@@ -140,7 +138,7 @@ class PortableAttention:
             "FAST": fast,
         }
         work = "decode"
-        if key[0] in ("polar", "tiers"):
+        if key[0] in ("polar", "tiers", "tree"):
             work = "mix"
         elif key[0] == value[0] == "exact":
             work = "move"
@@ -156,10 +154,12 @@ class PortableAttention:
         """Returns the bytes of scratch memory that a call of at most these sizes needs."""
         if not num_queries or not num_sequences:
             return 0
-        mixed = 4 * num_queries * self.query_heads * self.codec.shape.v_head_dim
-        mixed *= isinstance(self.codec.profile.value, Polar)
+        shape, profile = self.codec.shape, self.codec.profile
+        channels = shape.v_head_dim * isinstance(profile.value, Polar | Recursive)
+        channels += shape.head_dim * isinstance(profile.key, Recursive)
+        rotated = 4 * num_queries * self.query_heads * channels
         if self._most_splits(max_pages) == 1:
-            return mixed
+            return rotated
         # Splits fill the device at most, whatever the number of programs without them.
         largest = self._tile_rows(num_queries)
         rows = max(
@@ -167,7 +167,7 @@ class PortableAttention:
             for rows, tuning in self.tunings.items()
             if rows <= largest
         )
-        return mixed + rows * (self.codec.shape.v_head_dim + 1) * 4
+        return rotated + rows * (shape.v_head_dim + 1) * 4
 
     def attend(
         self,
@@ -188,41 +188,45 @@ class PortableAttention:
         row_tiles = -(-batch.max_rows * share // rows)
         programs = batch.num_sequences * row_tiles
         splits = self._splits(programs, rows, batch.page_table.shape[1])
-        key, value = self.codec.profile.key, self.codec.profile.value
-        floats = None
-        if workspace is not None:
-            floats = workspace[: workspace.shape[0] // 4 * 4].view(torch.float32)
-        mixed = out
-        if isinstance(value, Polar) and floats is not None:
-            mixed, floats = floats[: out.numel()].view(out.shape), floats[out.numel() :]
-        part, part_lse = mixed, lse
-        if splits > 1 and floats is not None:
+        key, value, device = self.codec.profile.key, self.codec.profile.value, query.device
+        if workspace is None:
+            workspace = torch.empty(0, dtype=torch.uint8, device=device)
+        floats = workspace[: workspace.shape[0] // 4 * 4].view(torch.float32)
+        back = side_rotation(value, shape.v_head_dim, device)
+        rotated = out
+        if back is not None:
+            rotated, floats = floats[: out.numel()].view(out.shape), floats[out.numel() :]
+        own_query, count = query, query.numel()
+        if isinstance(key, Recursive):
+            own_query, floats = floats[:count].view(query.shape), floats[count:]
+            _rotate(query, rotation(shape.head_dim, key.seed, device).T, own_query)
+        part, part_lse = rotated, lse
+        if splits > 1:
             numbers = programs * shape.kv_heads * splits * rows
             part = floats[: numbers * shape.v_head_dim]
             part_lse = floats[part.shape[0] : part.shape[0] + numbers]
         tuning = self.tunings[rows]
         attend_kernel[(programs, shape.kv_heads, splits)](
-            query, batch.memory, batch.page_table, batch.lengths, batch.query_starts,
+            own_query, batch.memory, batch.page_table, batch.lengths, batch.query_starts,
             batch.positions if options.window else None, part, part_lse,
-            _table(key, query.device), _table(value, query.device),
-            mix_matrix(shape.head_dim, query.device) if isinstance(key, Polar) else None,
+            side_table(key, shape.head_dim, device), side_table(value, shape.v_head_dim, device),
+            mix_matrix(shape.head_dim, device) if isinstance(key, Polar) else None,
+            query if isinstance(key, Recursive) and key.form == "deep" else None,
             batch.page_table.shape[1], batch.slice_offset, row_tiles, splits,
             options.scale or shape.head_dim**-0.5, options.soft_cap,
             options.window, options.sink_tokens, _ONE,
-            **self.constants_of(query.dtype, rows), SPLIT=splits > 1,
+            **self.constants_of(own_query.dtype, rows), SPLIT=splits > 1,
             num_warps=self.warps(rows), num_stages=tuning.num_stages,
         )  # fmt: skip
         if splits > 1:
             merge_kernel[(programs, shape.kv_heads, min(rows, batch.max_rows * share))](
-                part, part_lse, batch.query_starts, mixed, lse, row_tiles, splits,
+                part, part_lse, batch.query_starts, rotated, lse, row_tiles, splits,
                 HEADS=shape.kv_heads, DV=shape.v_head_dim, SHARE=share, BM=rows,
                 WIDE_V=self.constants["WIDE_V"], SPLITS=triton.next_power_of_2(splits),
                 CHUNK=min(_MERGED_SPLITS, triton.next_power_of_2(splits)),
             )  # fmt: skip
-        if isinstance(value, Polar):
-            channels = shape.v_head_dim
-            matrix = mixing(channels, query.device)
-            torch.mm(mixed.view(-1, channels), matrix, out=out.view(-1, channels))
+        if back is not None:
+            _rotate(rotated, back, out)
 
     def constants_of(self, query_dtype: torch.dtype, rows: int) -> dict[str, Any]:
         """Returns the constexpr arguments of `attend_kernel` but SPLIT.
@@ -295,7 +299,7 @@ class PortableAttention:
             )
 
 
-def _table(codec: object, device: torch.device) -> Tensor | None:
-    if not isinstance(codec, Polar):
-        return None
-    return polar_table(codec.radius_bits, codec.angle_bits, device)
+def _rotate(rows: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """Writes rows [.., D] times a matrix [D, D] in fp32; `allow_tf32` is off by default."""
+    channels = matrix.shape[0]
+    torch.mm(rows.float().view(-1, channels), matrix, out=out.view(-1, channels))

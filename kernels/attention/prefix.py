@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PrefixAttention"]
 
+_TRITON_CAPABILITY = (8, 0)
 _QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -50,7 +51,7 @@ class PrefixAttention:
         self.codec = codec
         self.query_heads = query_heads
         self.options = options or AttentionOptions()
-        self._portable: tuple[PortableAttention | None] | None = None
+        self._portable: PortableAttention | None = None
 
     def workspace_bytes(self, num_queries: int, num_sequences: int, max_pages: int) -> int:
         """Returns the bytes of scratch memory that a call of at most these sizes needs.
@@ -60,10 +61,9 @@ class PrefixAttention:
             num_sequences: sequences.
             max_pages: columns of the page table.
         """
-        portable = self._portable_form() if torch.cuda.is_available() else None
-        if portable is None:
+        if not torch.cuda.is_available():
             return 0
-        return portable.workspace_bytes(num_queries, num_sequences, max_pages)
+        return self._portable_form().workspace_bytes(num_queries, num_sequences, max_pages)
 
     def __call__(
         self,
@@ -75,8 +75,9 @@ class PrefixAttention:
     ) -> None:
         """Writes attention of each query row over its sequence's stored tokens.
 
-        On a GPU with a kernel for the codec, the call never waits for the device and can be
-        captured in a CUDA graph.
+        On GPUs of compute capability 8.0 and later Triton kernels serve every codec: the call never
+        waits for the device and, after a first one, which compiles and makes tables, can be
+        captured in a CUDA graph. Older GPUs and the CPU decode some pages at a time.
 
         Args:
             query: [num_queries, Hq, D] contiguous; fp16, bf16 or fp32, RoPE applied.
@@ -93,15 +94,13 @@ class PrefixAttention:
         self._check(query, batch, out, lse)
         if not query.shape[0]:
             return
-        # On a GPU the portable kernels where they know the codec; else plain torch.
-        portable = self._portable_form() if query.is_cuda else None
-        if portable is not None:
-            portable.attend(query, batch, out, lse, workspace)
+        if query.is_cuda and torch.cuda.get_device_capability(query.device) >= _TRITON_CAPABILITY:
+            self._portable_form().attend(query, batch, out, lse, workspace)
         else:
             plain.attend(self.codec, query, batch, self.options, out, lse)
 
-    def _portable_form(self) -> PortableAttention | None:
-        """Returns the Triton kernels, None where the codec has none."""
+    def _portable_form(self) -> PortableAttention:
+        """Returns the Triton kernels, for the visible device with the most multiprocessors."""
         if self._portable is None:
             # Imported here, so that the CPU path needs no Triton.
             from polarcache.kernels.attention.portable import PortableAttention
@@ -110,10 +109,10 @@ class PrefixAttention:
                 torch.cuda.get_device_properties(index).multi_processor_count
                 for index in range(torch.cuda.device_count())
             )
-            self._portable = (
-                PortableAttention.of(self.codec, self.query_heads, self.options, num_sms),
+            self._portable = PortableAttention.of(
+                self.codec, self.query_heads, self.options, num_sms
             )
-        return self._portable[0]
+        return self._portable
 
     def _check(self, query: Tensor, batch: PrefixBatch, out: Tensor, lse: Tensor) -> None:
         shape = self.codec.shape

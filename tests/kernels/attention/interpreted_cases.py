@@ -22,6 +22,10 @@ PROFILES = [
     ("k=pair:r3t4:arc2:g32,v=int4", BlockShape(32, 2, 64, 96, "half", 64)),
     ("k=exact,v=int4", BlockShape(24, 1, 48, 32, "half", 48)),
     ("k=polar,v=polar", HALF),
+    ("k=recursive,v=recursive", BlockShape(32, 1, 64, 128, "half", 64)),
+    ("k=recursive:kmeans:seed3,v=recursive:log8", BlockShape(32, 1, 80, 96, "half", 64)),
+    ("k=recursive:deep,v=recursive:deep", BlockShape(32, 2, 64, 64, "half", 64)),
+    ("k=recursive:log8,v=recursive:kmeans", BlockShape(24, 1, 64, 64, "half", 64)),
     ("k=pair:tiers8:g32,v=int4", HALF),
     ("k=pair:tiers5:g32,v=polar:r2t4", BlockShape(64, 2, 80, 64, "half", 32)),
     ("k=polar:r2t3,v=polar:r3t4", BlockShape(64, 1, 80, 96, "half", 32)),
@@ -51,7 +55,6 @@ def check(
 ) -> None:
     options = options or AttentionOptions()
     portable = PortableAttention.of(codec, query.shape[1], options, num_sms, fast=False)
-    assert portable is not None
     out = torch.full((*query.shape[:2], codec.shape.v_head_dim), math.nan)
     lse = torch.full(query.shape[:2], math.nan)
     size = portable.workspace_bytes(
@@ -117,7 +120,6 @@ def test_peaked_and_equal_scores() -> None:
     query = (20 * query.float()).half()
     options = AttentionOptions()
     portable = PortableAttention.of(codec, 4, options, 1, fast=False)
-    assert portable is not None
     out, lse = torch.full((2, 4, 64), math.nan), torch.full((2, 4), math.nan)
     workspace = torch.empty(portable.workspace_bytes(2, 2, 10), dtype=torch.uint8)
     portable.attend(query, stored.batch, out, lse, workspace)
@@ -130,7 +132,6 @@ def test_a_call_without_its_workspace_names_its_bytes() -> None:
     codec = codec_of("k=pair:g32,v=int4", HALF)
     stored = store(codec, [500], [1])
     portable = PortableAttention.of(codec, 4, AttentionOptions(), NUM_SMS, fast=False)
-    assert portable is not None
     with pytest.raises(ShapeError, match="workspace missing"):
         portable.attend(torch.zeros(1, 4, 64), stored.batch, torch.empty(1, 4, 64),
                         torch.empty(1, 4), None)  # fmt: skip

@@ -24,11 +24,13 @@ CASES = [
     ("k=polar,v=polar", HALF, torch.float16, "bf16", AttentionOptions(), 16),
     ("k=polar:r2t4,v=polar:r2t3", BlockShape(128, 2, 80, 96, "half", 32), torch.float16, "fp16",
      AttentionOptions(), 32),
+    ("k=recursive:deep,v=recursive", HALF, torch.float16, "fp32", AttentionOptions(), 16),
+    ("k=pair:tiers6,v=recursive:kmeans", HALF, torch.float16, "fp16", AttentionOptions(), 16),
     ("exact", BlockShape(16, 2, 80, 256, "interleaved", 80), torch.bfloat16, "fp16", OPTIONS, 16),
     ("exact", BlockShape(24, 2, 64, 64, "half", 64), torch.float32, "fp32", OPTIONS, 16),
 ]  # fmt: skip
 WORDS = {
-    "q_ptr": None, "memory_ptr": "*u8", "mix_ptr": "*fp16", "out_ptr": "*fp32",
+    "q_ptr": None, "raw_q_ptr": None, "memory_ptr": "*u8", "mix_ptr": "*fp16", "out_ptr": "*fp32",
     "lse_ptr": "*fp32", "part_ptr": "*fp32", "part_lse_ptr": "*fp32", "scale": "fp32",
     "soft_cap": "fp32",
 }  # fmt: skip
@@ -58,15 +60,17 @@ def test_kernels_compile_without_a_gpu(
 ) -> None:  # fmt: skip
     codec = Codec(Profile.parse(text), shape, dtype)
     plan = PortableAttention.of(codec, 4 * shape.kv_heads, options, 132)
-    assert plan is not None
     query_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[query]
     constants = plan.constants_of(query_dtype, rows) | {"SPLIT": rows == 16}
     if not options.window:
         constants["positions_ptr"] = None
+    for side, name in (("k=", "key_table_ptr"), ("v=", "value_table_ptr")):
+        if f"{side}polar" not in text and f"{side}recursive" not in text:
+            constants[name] = None
     if "k=polar" not in text:
-        constants |= {"key_table_ptr": None, "mix_ptr": None}
-    if "v=polar" not in text:
-        constants["value_table_ptr"] = None
+        constants["mix_ptr"] = None
+    if "k=recursive:deep" not in text:
+        constants["raw_q_ptr"] = None
     kernel = compiled(flash.attend_kernel, constants, query, capability, plan.warps(rows))
     assert kernel.asm["cubin"]
     merge = {name: constants[name] for name in ("HEADS", "DV", "SHARE", "BM", "WIDE_V")}

@@ -24,6 +24,9 @@ PROFILES = [
     "k=polar,v=polar",
     "k=polar:r2t4,v=int4",
     "k=pair:r4t4,v=polar:r2t3",
+    "k=pair:tiers6,v=recursive:kmeans",
+    "k=recursive,v=recursive:log8",
+    "k=recursive:deep,v=recursive:deep",
 ]
 SHAPES = [
     pytest.param(BlockShape(128, 2, 64, 64, "half", 64), id="T128-H2-D64"),
@@ -158,14 +161,3 @@ def test_a_captured_call_reads_lengths_when_it_is_replayed() -> None:
     expected, expected_lse = attend(query.cpu(), stored, AttentionOptions())
     assert (out.cpu().double() - expected).norm() <= 2e-3 * expected.norm()
     assert torch.equal(torch.isfinite(lse.cpu()), torch.isfinite(expected_lse))
-
-
-def test_codecs_without_kernels_are_attended_to_in_plain_torch() -> None:
-    codec = codec_of("k=recursive:kmeans,v=int4", BlockShape(128, 1, 64, 64, "half", 64))
-    stored = store(codec, [300], [2], device="cuda")
-    query = torch.randn(2, 4, 64).half()
-    attention = PrefixAttention(codec, 4)
-    out, lse = torch.empty(2, 4, 64, device="cuda"), torch.empty(2, 4, device="cuda")
-    attention(query.cuda(), stored.batch, out, lse)
-    expected, _ = attend(query, stored, AttentionOptions())
-    assert (out.cpu().double() - expected).norm() <= 2e-3 * expected.norm()
