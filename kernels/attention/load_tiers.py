@@ -51,6 +51,34 @@ def _codes(slice_ptr, base, place, bits):
 
 
 @triton.jit
+def _class_of_ranks(so_far, head, KEY: tl.constexpr, T: tl.constexpr, AT: tl.constexpr):
+    """Puts the ranks of one more class into it.
+
+    Args:
+        so_far: of each rank int32: place in its class, or beyond the classes so far; pairs of the
+            class, or 0; bits of radius and angle; first byte of the head's streams of both.
+        head: KV head.
+        KEY: constants of `tiers`.
+        T: tokens of the slice.
+        AT: where the class stands in them.
+    """
+    place, count, radius_bits, angle_bits, radius_base, angle_base = so_far
+    COUNT: tl.constexpr = KEY[AT]
+    own = (count == 0) & (place < COUNT)
+    place = tl.where((count == 0) & (place >= COUNT), place - COUNT, place)
+    radius_at = KEY[AT + 3] + head * (T * COUNT * KEY[AT + 1] // 8)
+    angle_at = KEY[AT + 4] + head * (T * COUNT * KEY[AT + 2] // 8)
+    return (
+        place,
+        tl.where(own, COUNT, count),
+        tl.where(own, KEY[AT + 1], radius_bits),
+        tl.where(own, KEY[AT + 2], angle_bits),
+        tl.where(own, radius_at, radius_base),
+        tl.where(own, angle_at, angle_base),
+    )
+
+
+@triton.jit
 def load_tiers(slice_ptr, head, first_token, row, one, KEY: tl.constexpr, T: tl.constexpr,
                D: tl.constexpr, DK: tl.constexpr, BT: tl.constexpr,
                FAST: tl.constexpr):  # fmt: skip
@@ -61,22 +89,11 @@ def load_tiers(slice_ptr, head, first_token, row, one, KEY: tl.constexpr, T: tl.
     """
     GROUP: tl.constexpr = KEY[0]
     rank = tl.minimum(tl.arange(0, DK // 2), D // 2 - 1)
-    zeros = rank * 0
-    place_in_class, count, radius_bits, angle_bits = rank, zeros, zeros, zeros
-    radius_base, angle_base = zeros, zeros
+    none = rank * 0
+    one_class = rank, none, none, none, none, none
     for index in tl.static_range(CLASSES):
-        COUNT: tl.constexpr = KEY[4 + 5 * index]
-        R_BITS: tl.constexpr = KEY[5 + 5 * index]
-        T_BITS: tl.constexpr = KEY[6 + 5 * index]
-        own = (place_in_class >= 0) & (place_in_class < COUNT) & (count == 0)
-        count = tl.where(own, COUNT, count)
-        radius_bits = tl.where(own, R_BITS, radius_bits)
-        angle_bits = tl.where(own, T_BITS, angle_bits)
-        radius_at = KEY[7 + 5 * index] + head * (T * COUNT * R_BITS // 8)
-        radius_base = tl.where(own, radius_at, radius_base)
-        angle_at = KEY[8 + 5 * index] + head * (T * COUNT * T_BITS // 8)
-        angle_base = tl.where(own, angle_at, angle_base)
-        place_in_class = tl.where(count == 0, place_in_class - COUNT, place_in_class)
+        one_class = _class_of_ranks(one_class, head, KEY, T, 4 + 5 * index)
+    place_in_class, count, radius_bits, angle_bits, radius_base, angle_base = one_class
     token = first_token + row
     place = token[:, None] * count[None, :] + place_in_class[None, :]
     radius_code = _codes(slice_ptr, radius_base, place, radius_bits)

@@ -53,6 +53,18 @@ def _cosine_or_sine(slice_ptr, table_ptr, codes, is_sine, LEVEL: tl.constexpr,
 
 
 @triton.jit
+def _level_factor(slice_ptr, table_ptr, head, token, node, LEVEL: tl.constexpr,
+                  SIDE: tl.constexpr, TREE: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
+                  FAST: tl.constexpr):  # fmt: skip
+    """Returns what a level multiplies the radius of each pair of channels with, [tokens, C]."""
+    COUNT: tl.constexpr = D >> LEVEL
+    place = _tree_place(head, token, node % COUNT, LEVEL, SIDE, TREE[1], T, D)
+    codes = stream_codes(slice_ptr + TREE[6 + 2 * LEVEL], place, TREE[5 + 2 * LEVEL])
+    is_sine = node // COUNT % 2
+    return _cosine_or_sine(slice_ptr, table_ptr, codes, is_sine, LEVEL, TREE[2], FAST)
+
+
+@triton.jit
 def load_trees(slice_ptr, table_ptr, head, first_token, row, seen, SIDE: tl.constexpr,
                TREE: tl.constexpr, T: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr,
                FAST: tl.constexpr):  # fmt: skip
@@ -92,12 +104,9 @@ def load_trees(slice_ptr, table_ptr, head, first_token, row, seen, SIDE: tl.cons
         logs = tl.load(slice_ptr + TREE[4] + place, mask=seen[:, None], other=0).to(tl.float32)
         radius = tl.where(logs > 0, tl.exp2((logs - 128) * (1 / 8)), 0.0)
     for above in tl.static_range(LEVELS - 1):
-        LEVEL: tl.constexpr = LEVELS - above
-        COUNT: tl.constexpr = D >> LEVEL
-        place = _tree_place(head, token, node % COUNT, LEVEL, SIDE, TILED, T, D)
-        codes = stream_codes(slice_ptr + TREE[6 + 2 * LEVEL], place, TREE[5 + 2 * LEVEL])
-        is_sine = node // COUNT % 2
-        radius *= _cosine_or_sine(slice_ptr, table_ptr, codes, is_sine, LEVEL, BOOK, FAST)
+        radius *= _level_factor(
+            slice_ptr, table_ptr, head, token, node, LEVELS - above, SIDE, TREE, T, D, FAST
+        )
     place = _tree_place(head, token, node, 1, SIDE, TILED, T, D)
     codes = stream_codes(slice_ptr + TREE[8], place, TREE[7])
     x = radius * _cosine_or_sine(slice_ptr, table_ptr, codes, node * 0, 1, BOOK, FAST)
