@@ -12,11 +12,11 @@ from polarcache.kernels.codec import Codec
 from tests.kernels.attention.reference import Stored, attend, store
 
 NUM_SMS = 8
-HALF = BlockShape(32, 2, 64, 64, "half", 64)
+HALF = BlockShape(32, 1, 64, 64, "half", 64)
 PROFILES = [
     ("exact", BlockShape(16, 2, 64, 32, "half", 64)),
     ("k=pair:r4t4:minmax:g32,v=int4", HALF),
-    ("k=pair:r4t4:g32,v=int4:g16", BlockShape(32, 1, 128, 128, "interleaved", 64)),
+    ("k=pair:r4t4:g32,v=int4:g16", BlockShape(32, 2, 80, 128, "interleaved", 64)),
     ("k=pair:r3t3:g32,v=int2", BlockShape(64, 2, 64, 64, "half", 32)),
     ("k=pair:r2t3:g32,v=int4:g20", BlockShape(32, 1, 96, 80, "half", 0)),
     ("k=pair:r3t4:arc2:g32,v=int4", BlockShape(32, 2, 64, 96, "half", 64)),
@@ -76,8 +76,8 @@ def check(
 @pytest.mark.parametrize(("text", "shape"), PROFILES, ids=[text for text, _ in PROFILES])
 def test_attends_as_float64_does(text: str, shape: BlockShape) -> None:
     codec = codec_of(text, shape)
-    stored = store(codec, [70, 1, 0, 128, 190], [2, 1, 1, 3, 1])
-    query = torch.randn(8, 3 * shape.kv_heads, shape.head_dim).half()
+    stored = store(codec, [70, 1, 0, 33], [2, 1, 1, 3])
+    query = torch.randn(7, 3 * shape.kv_heads, shape.head_dim).half()
     check(codec, query, stored)
 
 
@@ -85,7 +85,7 @@ def test_attends_as_float64_does(text: str, shape: BlockShape) -> None:
 def test_options_do_what_float64_does(options: AttentionOptions) -> None:
     codec = codec_of("k=pair:g32,v=int4", HALF)
     # The third sequence lies wholly before its queries' window.
-    stored = store(codec, [300, 200, 64], [2, 1, 2], [300, 301, 260, 900, 70])
+    stored = store(codec, [140, 90, 64], [2, 1, 2], [140, 141, 110, 900, 70])
     check(codec, torch.randn(5, 4, 64).half(), stored, options)
 
 
@@ -95,14 +95,14 @@ def test_rows_of_a_shared_prefix_fill_several_tiles() -> None:
     check(codec, torch.randn(53, 6, 64).half(), stored)
 
 
-@pytest.mark.parametrize("num_sms", [1, 64])
+@pytest.mark.parametrize("num_sms", [0, 64])
 def test_any_number_of_splits_gives_the_same(num_sms: int) -> None:
     codec = codec_of("k=pair:g32,v=int4", HALF)
-    stored = store(codec, [500, 33, 480], [1, 1, 1])
-    check(codec, torch.randn(3, 8, 64).half(), stored, num_sms=num_sms)
+    stored = store(codec, [300, 33], [1, 1])
+    check(codec, torch.randn(2, 8, 64).half(), stored, num_sms=num_sms)
 
 
-@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("size", [1e-6, 1e6])
 @pytest.mark.parametrize("text", ["exact", "k=pair:g32,v=int4"])
 def test_fp32_queries_of_any_size(text: str, size: float) -> None:
     codec = codec_of(text, HALF, torch.float32)
@@ -113,7 +113,7 @@ def test_fp32_queries_of_any_size(text: str, size: float) -> None:
 
 def test_peaked_and_equal_scores() -> None:
     codec = codec_of("k=pair:g32,v=int4", HALF)
-    stored = store(codec, [300, 300], [1, 1])
+    stored = store(codec, [160, 160], [1, 1])
     query = torch.randn(2, 4, 64).half()
     query[1] = 0
     check(codec, query, stored)
@@ -125,7 +125,7 @@ def test_peaked_and_equal_scores() -> None:
     portable.attend(query, stored.batch, out, lse, workspace)
     expected, _ = attend(query, stored, options)
     assert (out.double() - expected).norm() <= 5e-3 * expected.norm()
-    assert torch.allclose(lse[1], torch.tensor(300.0).log())
+    assert torch.allclose(lse[1], torch.tensor(160.0).log())
 
 
 def test_a_call_without_its_workspace_names_its_bytes() -> None:
