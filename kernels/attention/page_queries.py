@@ -35,6 +35,18 @@ def _pair_of_channel(channel, D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED
 
 
 @triton.jit
+def _scaled(q_ptr, query_head, exists, slice_ptr, head, channel, KEY: tl.constexpr,
+            D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr):  # fmt: skip
+    """Returns q and q / s of some channels, fp32 [BM, channels], 0 beyond D."""
+    known = channel < D
+    at = q_ptr + query_head.to(tl.int64)[:, None] * D + channel[None, :]
+    q = tl.load(at, mask=exists[:, None] & known[None, :], other=0.0).to(tl.float32)
+    pair = _pair_of_channel(channel, D, ROTARY, INTERLEAVED)
+    balance = tl.load(slice_ptr + KEY[8] + head * (D // 2) + pair, mask=known, other=128)
+    return q, q * tl.exp2((balance.to(tl.float32) - 128) * (-1 / 8))[None, :]
+
+
+@triton.jit
 def page_queries(q_ptr, query_head, exists, mix_ptr, slice_ptr, head, KEY: tl.constexpr,
                  D: tl.constexpr, WIDE: tl.constexpr, ROTARY: tl.constexpr,
                  INTERLEAVED: tl.constexpr):  # fmt: skip
@@ -57,24 +69,30 @@ def page_queries(q_ptr, query_head, exists, mix_ptr, slice_ptr, head, KEY: tl.co
         (queries, fp32 [BM] that their products are to be multiplied by, fp32 [BM] q.mean).
     """
     channel = tl.arange(0, WIDE)
-    known = channel < D
-    at = q_ptr + query_head.to(tl.int64)[:, None] * D + channel[None, :]
-    q = tl.load(at, mask=exists[:, None] & known[None, :], other=0.0).to(tl.float32)
-    means = tl.load(slice_ptr + KEY[6] + head * D + channel, mask=known, other=128)
+    q, scaled = _scaled(
+        q_ptr, query_head, exists, slice_ptr, head, channel, KEY, D, ROTARY, INTERLEAVED
+    )
+    means = tl.load(slice_ptr + KEY[6] + head * D + channel, mask=channel < D, other=128)
     largest = tl.load((slice_ptr + KEY[7]).to(tl.pointer_type(tl.float16)) + head * 2)
     mean = (means.to(tl.float32) - 128) * (largest.to(tl.float32) * (1 / 127))
     offset = tl.sum(q * mean[None, :], 1)
-    pair = _pair_of_channel(channel, D, ROTARY, INTERLEAVED)
-    balance = tl.load(slice_ptr + KEY[8] + head * (D // 2) + pair, mask=known, other=128)
-    q = q * tl.exp2((balance.to(tl.float32) - 128) * (-1 / 8))[None, :]
-    q, unit = as_halves(q)
-    mixed, ok = key_channels(tl.arange(0, WIDE), "polar", D, ROTARY, INTERLEAVED)
-    mix = tl.load(
-        mix_ptr + mixed[None, :] * D + channel[:, None],
-        mask=known[:, None] & ok[None, :], other=0.0,
-    )  # fmt: skip
-    q, second_unit = as_halves(tl.dot(q.to(tl.float16), mix))
-    return q.to(tl.float16), unit * second_unit * (1 / D**0.5), offset
+    unit = as_halves(scaled)[1]
+    mixed, ok = key_channels(channel, "polar", D, ROTARY, INTERLEAVED)
+    # Some of the matrix at a time: the whole of it would fill the shared memory of small GPUs.
+    CHUNK: tl.constexpr = 64 if WIDE > 64 else WIDE
+    total = tl.zeros(q.shape, tl.float32)
+    for first in range(0, WIDE, CHUNK):
+        some = first + tl.arange(0, CHUNK)
+        part = _scaled(
+            q_ptr, query_head, exists, slice_ptr, head, some, KEY, D, ROTARY, INTERLEAVED
+        )[1]
+        mix = tl.load(
+            mix_ptr + mixed[None, :] * D + some[:, None],
+            mask=(some < D)[:, None] & ok[None, :], other=0.0,
+        )  # fmt: skip
+        total = tl.dot((part / unit[:, None]).to(tl.float16), mix, total)
+    halves, second_unit = as_halves(total)
+    return halves.to(tl.float16), unit * second_unit * (1 / D**0.5), offset
 
 
 @triton.jit
