@@ -98,12 +98,12 @@ def _decoded(slice_ptr, codes, group, step, column, one, KIND: tl.constexpr, KEY
         angle_zero = tl.load(at + D).to(tl.float32)
         angle_scale = tl.load(at + D // 2 * 3).to(tl.float32)
     else:
-        place = column * (D // 16) + step
-        at = (slice_ptr + KEY[6]).to(tl.pointer_type(tl.float16)) + group * D + place
+        pair = 8 * step + column
+        at = (slice_ptr + KEY[6]).to(tl.pointer_type(tl.float16)) + group * D + pair
         radius_zero = tl.load(at).to(tl.float32)
         radius_scale = tl.load(at + D // 2).to(tl.float32)
-        arcs_ptr = (slice_ptr + KEY[5]).to(tl.pointer_type(tl.uint16)) + group * (D // 2)
-        arcs = tl.load(arcs_ptr + place).to(tl.int32)
+        arcs_ptr = slice_ptr + KEY[5] + group * D + pair
+        arcs = (tl.load(arcs_ptr).to(tl.int32) << 8) | tl.load(arcs_ptr + D // 2).to(tl.int32)
         step_of_angle = 1 << (16 - T_BITS - tl.minimum(arcs & 15, 8))
         angle_zero = (arcs >> 4).to(tl.float32) * (TAU / 4096)
         angle_scale = step_of_angle.to(tl.float32) * (TAU / 65536)

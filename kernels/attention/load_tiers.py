@@ -101,12 +101,11 @@ def load_tiers(slice_ptr, head, first_token, row, one, KEY: tl.constexpr, T: tl.
 
     pair = _pairs(slice_ptr, head, rank, KEY, D)
     group = head * (T // GROUP) + first_token // GROUP
-    stored = pair % 8 * (D // 16) + pair // 8
-    radii_ptr = (slice_ptr + KEY[3]).to(tl.pointer_type(tl.float16)) + group * D + stored
+    radii_ptr = (slice_ptr + KEY[3]).to(tl.pointer_type(tl.float16)) + group * D + pair
     radius_zero = tl.load(radii_ptr).to(tl.float32)
     radius_scale = tl.load(radii_ptr + D // 2).to(tl.float32)
-    arcs_ptr = (slice_ptr + KEY[2]).to(tl.pointer_type(tl.uint16)) + group * (D // 2)
-    arcs = tl.load(arcs_ptr + stored).to(tl.int32)
+    arcs_ptr = slice_ptr + KEY[2] + group * D + pair
+    arcs = (tl.load(arcs_ptr).to(tl.int32) << 8) | tl.load(arcs_ptr + D // 2).to(tl.int32)
     angle_zero = (arcs >> 4).to(tl.float32) * (TAU / 4096)
     angle_scale = tl.exp2((16 - angle_bits - tl.minimum(arcs & 15, 8)).to(tl.float32))
     angle_scale *= TAU / 65536
