@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from polarcache.kernels.attention.load_words import as_mantissa, pair_codes, table_halves
-from polarcache.kernels.gpu.pair_decode import _turn
+from polarcache.kernels.gpu.pair_decode import turn
 from polarcache.kernels.gpu.pair_encode import pair_channels
 
 TAU = tl.constexpr(6.283185307179586)
@@ -130,5 +130,5 @@ def cosine_and_sine(angle, FAST: tl.constexpr):
             "sin.approx.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        cosine, sine = _turn(angle)
+        cosine, sine = turn(angle)
     return cosine, sine
