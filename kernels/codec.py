@@ -115,7 +115,7 @@ class Codec:
         """Packs slices as `encode` does, but leaves the check to `check_refused`.
 
         On a CUDA device, sides that are exact or that the kernels code never wait for the device:
-        the call can be captured in a CUDA graph.
+        the call can be captured in a CUDA graph, after a first one that loads kernels and tables.
 
         Args:
             keys: as for `encode`.
@@ -130,7 +130,7 @@ class Codec:
         energies = self._energies(layers, out)
         plan = self._plan_of(out)
         if plan is not None:
-            plan.encode(keys, values, slots, out, refused)
+            plan.encode(keys, values, slots, out, refused, energies)
         for chunk in self._chunks(out):
             for side, codec, x in self._sides(keys, values):
                 if plan is not None and side in plan.sides:
@@ -195,7 +195,10 @@ class Codec:
             # Imported here, so that the CPU path needs no Triton.
             from polarcache.kernels.gpu.launch import Plan
 
-            self._plan = Plan.of(self.profile, self.shape, self.layout)
+            device = torch.cuda.get_device_properties(packed.device)
+            # torch's stubs lack this one.
+            shared_bytes = int(getattr(device, "shared_memory_per_block_optin", 0))
+            self._plan = Plan.of(self.profile, self.shape, self.layout, shared_bytes)
         return self._plan
 
     def _exact_or_kernels(self, packed: Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -11,8 +13,12 @@ from polarcache.kernels.attention.options import AttentionOptions
 from polarcache.kernels.codec import Codec
 from polarcache.kernels.errors import ShapeError
 
+if TYPE_CHECKING:
+    from polarcache.kernels.attention.portable import PortableAttention
+
 __all__ = ["PrefixAttention"]
 
+_TRITON_CAPABILITY = (8, 0)
 _QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -45,6 +51,7 @@ class PrefixAttention:
         self.codec = codec
         self.query_heads = query_heads
         self.options = options or AttentionOptions()
+        self._portable: PortableAttention | None = None
 
     def workspace_bytes(self, num_queries: int, num_sequences: int, max_pages: int) -> int:
         """Returns the bytes of scratch memory that a call of at most these sizes needs.
@@ -54,8 +61,9 @@ class PrefixAttention:
             num_sequences: sequences.
             max_pages: columns of the page table.
         """
-        del num_queries, num_sequences, max_pages
-        return 0
+        if not torch.cuda.is_available():
+            return 0
+        return self._portable_form().workspace_bytes(num_queries, num_sequences, max_pages)
 
     def __call__(
         self,
@@ -67,8 +75,9 @@ class PrefixAttention:
     ) -> None:
         """Writes attention of each query row over its sequence's stored tokens.
 
-        On a GPU with a kernel for the codec, the call never waits for the device and can be
-        captured in a CUDA graph.
+        On GPUs of compute capability 8.0 and later Triton kernels serve every codec: the call never
+        waits for the device and, after a first one, which compiles and makes tables, can be
+        captured in a CUDA graph. Older GPUs and the CPU decode some pages at a time.
 
         Args:
             query: [num_queries, Hq, D] contiguous; fp16, bf16 or fp32, RoPE applied.
@@ -83,8 +92,27 @@ class PrefixAttention:
             ShapeError: a tensor differs from the above.
         """
         self._check(query, batch, out, lse)
-        if query.shape[0]:
+        if not query.shape[0]:
+            return
+        if query.is_cuda and torch.cuda.get_device_capability(query.device) >= _TRITON_CAPABILITY:
+            self._portable_form().attend(query, batch, out, lse, workspace)
+        else:
             plain.attend(self.codec, query, batch, self.options, out, lse)
+
+    def _portable_form(self) -> PortableAttention:
+        """Returns the Triton kernels, for the visible device with the most multiprocessors."""
+        if self._portable is None:
+            # Imported here, so that the CPU path needs no Triton.
+            from polarcache.kernels.attention.portable import PortableAttention
+
+            num_sms = max(
+                torch.cuda.get_device_properties(index).multi_processor_count
+                for index in range(torch.cuda.device_count())
+            )
+            self._portable = PortableAttention.of(
+                self.codec, self.query_heads, self.options, num_sms
+            )
+        return self._portable
 
     def _check(self, query: Tensor, batch: PrefixBatch, out: Tensor, lse: Tensor) -> None:
         shape = self.codec.shape

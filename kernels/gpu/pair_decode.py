@@ -3,12 +3,13 @@
 import triton
 import triton.language as tl
 
+from polarcache.kernels.gpu.arc import MAX_ARC_EXPONENT, STARTS, TAU, arc_step
 from polarcache.kernels.gpu.pair_encode import FP16_MAX, PI, pair_channels, spread
 from polarcache.kernels.gpu.words import ROUNDER, load_words, token_rows
 
 
 @triton.jit
-def _turn(angle):
+def turn(angle):
     """Returns cosine and sine, within 2e-7, of fp32 angles up to a few turns.
 
     Quarter turns are taken off in two parts; on the rest, at most pi/4, Taylor-like minimax
@@ -46,6 +47,7 @@ def decode_pairs(
     slots_ptr,
     codes_ptr,
     parameters_ptr,
+    arcs_ptr,
     slice_index,
     stride_n,
     stride_t,
@@ -57,6 +59,7 @@ def decode_pairs(
     INTERLEAVED: tl.constexpr,
     R_BITS: tl.constexpr,
     T_BITS: tl.constexpr,
+    ARC: tl.constexpr,
     GROUP: tl.constexpr,
     TILES: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -79,15 +82,25 @@ def decode_pairs(
     radius_code = ((codes >> T_BITS) & ((1 << R_BITS) - 1)).to(tl.float32)
     angle_code = (codes & ((1 << T_BITS) - 1)).to(tl.float32)
 
-    place = tl.arange(0, NG)[:, None, None] * (2 * D) + step[None, :, None]
-    place += ((column % 4)[None, :, None] + 4 * tl.arange(0, 2)[None, None, :]) * (D // 16)
-    at = parameters_ptr + place
+    group = tl.arange(0, NG)[:, None, None]
+    c = (column % 4)[None, :, None] + 4 * tl.arange(0, 2)[None, None, :]
+    if ARC == "arc2":
+        at = parameters_ptr + (group * D + 8 * step[None, :, None] + c)
+    else:
+        at = parameters_ptr + (group * (2 * D) + step[None, :, None] + c * (D // 16))
     radius_zero, radius_scale = tl.load(at).to(tl.float32), tl.load(at + D // 2).to(tl.float32)
-    angle_zero, angle_scale = tl.load(at + D).to(tl.float32), tl.load(at + D // 2 * 3)
-    angle_scale = angle_scale.to(tl.float32)
+    if ARC == "arc2":
+        at_arc = arcs_ptr + (group * D + 8 * step[None, :, None] + c)
+        low = tl.load(at_arc + D // 2).to(tl.int32)
+        arc = (tl.load(at_arc).to(tl.int32) << 4) | (low >> 4)
+        angle_zero = arc.to(tl.float32) * (TAU / STARTS)
+        angle_scale, _ = arc_step(tl.minimum(low & 15, MAX_ARC_EXPONENT), T_BITS)
+    else:
+        angle_zero, angle_scale = tl.load(at + D).to(tl.float32), tl.load(at + D // 2 * 3)
+        angle_scale = angle_scale.to(tl.float32)
     radius = spread(radius_zero + 0.5 * radius_scale, R) + radius_code * spread(radius_scale, R)
     angle = spread(angle_zero + 0.5 * angle_scale, R) + angle_code * spread(angle_scale, R)
-    x, y = _turn(angle)
+    x, y = turn(angle)
     x_a, x_b = tl.split(x * radius)
     y_a, y_b = tl.split(y * radius)
     row = tl.arange(0, R)
