@@ -21,8 +21,28 @@ from polarcache.kernels.profile import (
     Profile,
     ValueCodec,
 )
+from polarcache.kernels.shape import BlockShape
 
-LAYOUT_VERSION = 3
+__all__ = [
+    "ALIGNMENT_BYTES",
+    "INTEGER_PARAMETERS",
+    "LANES",
+    "LAYOUT_VERSION",
+    "PAIR_PARAMETERS",
+    "RECURSIVE_BITS",
+    "RECURSIVE_CHANNELS",
+    "TILE_TOKENS",
+    "WORD_BYTES",
+    "BlockShape",
+    "Field",
+    "Order",
+    "PackedLayout",
+    "key_pair_order",
+    "value_order",
+    "value_pair_order",
+]
+
+LAYOUT_VERSION = 4
 ALIGNMENT_BYTES = 16
 # Tokens of a tile, and threads of a warp: rows and lanes of the tensor cores' m16n8k16 product.
 TILE_TOKENS = 16
@@ -32,70 +52,6 @@ RECURSIVE_CHANNELS = 16
 RECURSIVE_BITS = (4, 2, 2, 2)
 PAIR_PARAMETERS = ("radius_min", "radius_scale", "angle_zero", "angle_scale")
 INTEGER_PARAMETERS = ("scale", "zero")
-
-
-@dataclass(frozen=True, slots=True)
-class BlockShape:
-    """Shape of one layer of one block, and which key channels RoPE turns together.
-
-    With `half` pairing, channel j turns with j + rotary_dim/2; with `interleaved`, 2j with 2j+1.
-    Channels from rotary_dim on (all of them for rotary_dim 0: no RoPE) pair among themselves by
-    the same rule.
-
-    Attributes:
-        tokens: tokens of a block; a multiple of 8 from 8 to 1024.
-        kv_heads: KV heads, at least 1.
-        head_dim: key channels of a head; a multiple of 16 from 16 to 256.
-        v_head_dim: value channels of a head; same range.
-        pairing: `half` or `interleaved`.
-        rotary_dim: channels that RoPE turns; even, 0 to head_dim.
-
-    Raises:
-        ShapeError: a value outside these ranges.
-    """
-
-    tokens: int
-    kv_heads: int
-    head_dim: int
-    v_head_dim: int
-    pairing: Literal["half", "interleaved"]
-    rotary_dim: int
-
-    def __post_init__(self) -> None:
-        """Checks every attribute."""
-        if self.tokens % 8 or not 8 <= self.tokens <= 1024:
-            raise ShapeError(f"tokens {self.tokens}: expected a multiple of 8 from 8 to 1024")
-        if self.kv_heads < 1:
-            raise ShapeError(f"kv_heads {self.kv_heads}: expected at least 1")
-        for name, channels in (("head_dim", self.head_dim), ("v_head_dim", self.v_head_dim)):
-            if channels % 16 or not 16 <= channels <= 256:
-                raise ShapeError(f"{name} {channels}: expected a multiple of 16 from 16 to 256")
-        if self.pairing not in ("half", "interleaved"):
-            raise ShapeError(f"pairing {self.pairing!r}: expected half or interleaved")
-        if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.head_dim:
-            raise ShapeError(
-                f"rotary_dim {self.rotary_dim}: expected an even number from 0 to {self.head_dim}"
-            )
-
-    @property
-    def pairs(self) -> int:
-        """Channel pairs of a key head."""
-        return self.head_dim // 2
-
-    def pair_channels(self) -> tuple[tuple[slice, slice, slice], ...]:
-        """Returns (pairs, first channels, second channels) slices that cover the head once."""
-        if self.pairing == "interleaved":
-            return ((slice(0, self.pairs), slice(0, None, 2), slice(1, None, 2)),)
-        spans = ((0, self.rotary_dim), (self.rotary_dim, self.head_dim))
-        return tuple(
-            (
-                slice(start // 2, stop // 2),
-                slice(start, (start + stop) // 2),
-                slice((start + stop) // 2, stop),
-            )
-            for start, stop in spans
-            if stop > start
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,14 +250,17 @@ def _arc_specs(codec: ArcPair, shape: BlockShape) -> list[_Spec]:
 def _polar_specs(codec: Polar, shape: BlockShape, head_dim: int, side: str) -> list[_Spec]:
     tokens, heads = shape.tokens, shape.kv_heads
     rows, by_head = (tokens, heads), Order((tokens, heads), (1, 0))
-    codes = _rows_spec("codes", tokens, heads, head_dim // 2, codec.bits)
+    size = (tokens, heads, head_dim // 2)
     if side == "value":
-        return [codes, ("gains", "float16", rows, 16, by_head)]
+        return [
+            ("codes", "code", size, codec.bits, value_pair_order(*size)),
+            ("gains", "float16", rows, 16, by_head),
+        ]
     pairs = (heads, shape.pairs)
     return [
         *_centre_specs(heads, head_dim, 2),
         ("balance", "code", pairs, 8, Order(pairs, (0, 1))),
-        codes,
+        ("codes", "code", size, codec.bits, key_pair_order(*size)),
         ("gains", "code", rows, 8, by_head),
     ]
 
@@ -361,6 +320,21 @@ def key_pair_order(tokens: int, heads: int, pairs: int) -> Order:
     # unit, tile, token + 8, g, head, step, pair + 4, c
     split = (tokens // (TILE_TOKENS * tiles), tiles, 2, 8, heads, steps, 2, 4)
     return Order(split, (4, 0, 3, 7, 6, 2, 1, 5), streams=4, stream_codes=tiles * steps)
+
+
+def value_pair_order(tokens: int, heads: int, pairs: int) -> Order:
+    """Returns the order of one code a pair: A fragments of V in O^T = V^T P^T, rows are channels.
+
+    Lane 4g + c owns, of every 8 pairs, pair g of tokens 2c, 2c + 1, 2c + 8 and 2c + 9: one step,
+    one code of each of its four streams. The pair's channels are rows g and g + 8.
+    """
+    steps = pairs // 8
+    tiles = 8 // gcd(8, steps)
+    if tokens % (TILE_TOKENS * tiles):
+        return Order((tokens, heads, pairs), (1, 0, 2))
+    # unit, tile, token + 8, c, token + 1, head, step, g
+    split = (tokens // (TILE_TOKENS * tiles), tiles, 2, 4, 2, heads, steps, 8)
+    return Order(split, (5, 0, 7, 3, 2, 4, 1, 6), streams=4, stream_codes=tiles * steps)
 
 
 def value_order(tokens: int, heads: int, channels: int) -> Order:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from polarcache.kernels import BlockShape, PackedLayout, Profile, ShapeError
 from polarcache.kernels.bits import pack_field, unpack_field
-from polarcache.kernels.layout import Order, key_pair_order, value_order
+from polarcache.kernels.layout import Field, key_pair_order, value_order, value_pair_order
 
 PROFILES = [
     "exact",
@@ -125,13 +125,18 @@ def chunk_byte(word: int, num_words: int, lane: int) -> int:
 
 
 def bit_positions(
-    order: Order, shape: tuple[int, ...], bits: int, place: tuple[int, int, int]
+    field: Field, place: tuple[int, int, int], *, channel_rows: bool = False
 ) -> list[int]:
-    """Bits of one code, lowest first, from the rules of kernels/polar/README.md, section 3."""
+    """Bits of one code, lowest first, from the rules of kernels/polar/README.md, section 4."""
+    order, shape, bits = field.order, field.shape, field.bits
     token, head, column = place
     tokens, _, columns = shape
     tile, row = divmod(token, 16)
-    if order.streams == 4:  # pairs: rows of the fragment are tokens
+    if order.streams == 4 and channel_rows:  # pairs: rows of the fragment are channels
+        steps = columns // 8
+        lane = 4 * (column % 8) + row % 8 // 2
+        stream, code = row % 2 + 2 * (row // 8), column // 8
+    elif order.streams == 4:  # pairs: rows of the fragment are tokens
         steps = columns // 8
         lane = 4 * (row % 8) + column % 4
         stream, code = row // 8 + 2 * (column % 8 // 4), column // 8
@@ -158,12 +163,19 @@ def bit_positions(
 @pytest.mark.parametrize("dim", [16, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize(
     ("text", "bits"),
-    [("k=pair:r2t1,v=int4", 3), ("k=pair:r3t3,v=int4", 6), ("k=pair:r4t4,v=int2:g16", 8)],
+    [
+        ("k=pair:r2t1,v=int4", 3),
+        ("k=pair:r3t3,v=int4", 6),
+        ("k=pair:r4t4,v=int2:g16", 8),
+        ("k=pair:r3t4:arc2,v=polar:r2t4", 7),
+        ("k=polar:r3t5,v=polar:r1t3", 8),
+    ],
 )
 def test_codes_lie_in_tensor_core_order(text: str, bits: int, dim: int) -> None:
     shape = BlockShape(128, 3, dim, dim, "half", dim)
     layout = PackedLayout.of(Profile.parse(text), shape, 2)
     random = np.random.default_rng(dim)
+    assert layout.fields[[f.name for f in layout.fields].index("key_codes")].bits == bits
     for name in ("key_codes", "value_codes"):
         field = next(field for field in layout.fields if field.name == name)
         assert field.order.streams > 1
@@ -177,7 +189,7 @@ def test_codes_lie_in_tensor_core_order(text: str, bits: int, dim: int) -> None:
         seen = set()
         for _ in range(2000):
             place = tuple(int(random.integers(size)) for size in field.shape)
-            positions = bit_positions(field.order, field.shape, field.bits, place)
+            positions = bit_positions(field, place, channel_rows=name == "value_codes")
             seen |= set(positions)
             value = sum(int(stored[position]) << i for i, position in enumerate(positions))
             assert value == codes[0][place]
@@ -207,7 +219,7 @@ def test_orders_that_do_not_fit_a_tile_are_head_major_rows() -> None:
         order = key_pair_order(shape.tokens, shape.kv_heads, shape.pairs)
         assert order.streams == 1
         assert order.axes == (1, 0, 2)
-    assert value_order(24, 2, 128).streams == 1
+    assert value_order(24, 2, 128).streams == value_pair_order(24, 2, 64).streams == 1
 
 
 @pytest.mark.parametrize(
