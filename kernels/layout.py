@@ -19,6 +19,7 @@ from polarcache.kernels.profile import (
     Pair,
     Polar,
     Profile,
+    Recursive,
     ValueCodec,
 )
 from polarcache.kernels.shape import BlockShape
@@ -188,21 +189,24 @@ def _specs(
         return _arc_specs(codec, shape)
     if isinstance(codec, Polar):
         return _polar_specs(codec, shape, head_dim, side)
-    if codec.form == "deep":
-        levels = codec.level_bits(head_dim)
-        return [
-            *(_centre_specs(heads, head_dim, 1) if side == "key" else []),
-            *(
-                _rows_spec(f"level{level}", tokens, heads, head_dim >> level, bits)
-                for level, bits in enumerate(levels, start=1)
-            ),
-            _rows_spec("radii", tokens, heads, head_dim >> len(levels), 8),
-        ]
+    return _recursive_specs(codec, tokens, heads, head_dim, side)
+
+
+def _recursive_specs(
+    codec: Recursive, tokens: int, heads: int, head_dim: int, side: str
+) -> list[_Spec]:
     specs: list[_Spec] = []
     blocks = head_dim // RECURSIVE_CHANNELS
-    for level, bits in enumerate(RECURSIVE_BITS, start=1):
+    levels = codec.level_bits(head_dim)
+    for level, bits in enumerate(levels, start=1):
+        if level > len(RECURSIVE_BITS):
+            specs.append(_rows_spec(f"level{level}", tokens, heads, head_dim >> level, bits))
+            continue
         order = _tree_order(side, tokens, heads, RECURSIVE_CHANNELS >> level, blocks)
         specs.append((f"level{level}", "code", (tokens, heads, head_dim >> level), bits, order))
+    if codec.form == "deep":
+        centre = _centre_specs(heads, head_dim, 1) if side == "key" else []
+        return [*centre, *specs, _rows_spec("radii", tokens, heads, head_dim >> len(levels), 8)]
     order = _tree_order(side, tokens, heads, 1, blocks)
     if codec.form == "log8":
         specs.append(("radii", "code", (tokens, heads, blocks), 8, order))
