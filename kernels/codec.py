@@ -130,7 +130,7 @@ class Codec:
         energies = self._energies(layers, out)
         plan = self._plan_of(out)
         if plan is not None:
-            plan.encode(keys, values, slots, out, refused)
+            plan.encode(keys, values, slots, out, refused, energies)
         for chunk in self._chunks(out):
             for side, codec, x in self._sides(keys, values):
                 if plan is not None and side in plan.sides:

@@ -17,10 +17,10 @@ BALANCE_STEPS = 8
 BALANCE_ONE = 128
 GAIN_STEPS = 32
 GAIN_ZERO = 255
-_LEAST_ENERGY = 2.0**-20
+LEAST_ENERGY = 2.0**-20
 # Where queries are unknown: E|q_j|^2 grows like this power of E|k_j|^2. The slope measured on three
 # small models of three architectures was 0.4 to 0.9 in most heads.
-_QUERY_POWER = 0.5
+QUERY_POWER = 0.5
 
 
 def encode_means(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,11 +67,11 @@ def encode_balance(
         energy[..., pairs] = square[..., first] + square[..., second]
     largest = energy.amax(-1, keepdim=True)
     relative = energy / torch.where(largest > 0, largest, 1.0)
-    logs = relative.clamp_(min=_LEAST_ENERGY).log2()
+    logs = relative.clamp_(min=LEAST_ENERGY).log2()
     if query is None:
-        logs *= -0.25 * (1 - _QUERY_POWER)
+        logs *= -0.25 * (1 - QUERY_POWER)
     else:
-        logs = 0.25 * (query.clamp(min=_LEAST_ENERGY).log2() - logs)
+        logs = 0.25 * (query.clamp(min=LEAST_ENERGY).log2() - logs)
     logs -= logs.mean(-1, keepdim=True)
     codes = (logs * BALANCE_STEPS).round_().nan_to_num_(0).add_(BALANCE_ONE).clamp_(0, 255)
     codes = codes.to(torch.int32).to(torch.uint8)

@@ -1,3 +1,4 @@
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -18,23 +19,50 @@ CASES = [
     ("k=pair:r4t4,v=int4", HALF, "fp16"),
     ("k=pair:r3t3:minmax:g32,v=int2", HALF, "bf16"),
     ("k=pair:r2t3:g64,v=int4:g16", BlockShape(128, 2, 80, 96, "interleaved", 80), "fp16"),
+    ("k=polar:r3t5,v=polar:r2t4", HALF, "fp16"),
+    ("k=polar:r2t4,v=polar:r1t3", BlockShape(128, 2, 80, 96, "half", 48), "fp32"),
+    ("k=recursive,v=recursive:log8", HALF, "fp16"),
+    ("k=recursive:deep,v=recursive:deep", HALF, "bf16"),
 ]
-POINTERS = {"out_ptr": "*u8", "packed_ptr": "*u8", "flags_ptr": "*i32"}
+POINTERS = {
+    "out_ptr": "*u8",
+    "packed_ptr": "*u8",
+    "flags_ptr": "*i32",
+    "matrix_ptr": "*fp16",
+    "cosines_ptr": "*fp32",
+    "radius_ptr": "*fp32",
+    "turn_ptr": "*fp32",
+}
 
 
-def compiled(kernel: Any, plan: Plan, dtype: str, capability: int) -> Any:
-    """Compiles as a launch with aligned tensors and no slots would."""
-    signature, constants, attributes = {}, dict(plan.constants) | {"slots_ptr": None}, {}
+def launches(plan: Plan) -> Iterator[tuple[Any, Mapping[str, Any], int]]:
+    if plan.fused is not None:
+        for kernel in (sides.encode_kernel, sides.decode_kernel):
+            yield kernel, plan.fused.constants, plan.fused.num_warps
+    for side in plan.rotated:
+        for launch in (side.encoder, side.decoder):
+            yield launch.kernel, launch.constants, launch.num_warps
+
+
+def compiled(
+    kernel: Any, constants: Mapping[str, Any], num_warps: int, dtype: str, capability: int
+) -> Any:
+    """Compiles as a launch with aligned tensors, no slots and no energies of queries would."""
+    pointers = POINTERS
+    if "packed_ptr" in kernel.arg_names:
+        pointers = POINTERS | {"out_ptr": f"*{dtype}"}
+    signature, attributes = {}, {}
+    constants = dict(constants) | {"slots_ptr": None, "query_ptr": None}
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = POINTERS.get(name, f"*{dtype}" if name.endswith("_ptr") else "i64")
+        signature[name] = pointers.get(name, f"*{dtype}" if name.endswith("_ptr") else "i64")
         attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(
         kernel, signature, {n: constants[n] for n in kernel.arg_names if n in constants}, attributes
     )
-    options = {"num_warps": plan.num_warps}
+    options = {"num_warps": num_warps}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
@@ -46,5 +74,6 @@ def test_kernels_compile_without_a_gpu(
     codec = Codec(Profile.parse(text), shape, torch.float16)
     plan = Plan.of(codec.profile, shape, codec.layout)
     assert plan is not None
-    for kernel in (sides.encode_kernel, sides.decode_kernel):
-        assert compiled(kernel, plan, dtype, capability).asm["cubin"]
+    assert set(plan.sides) == {"key", "value"}
+    for kernel, constants, num_warps in launches(plan):
+        assert compiled(kernel, constants, num_warps, dtype, capability).asm["cubin"]

@@ -1,0 +1,243 @@
+"""The kernels of the recursive codec with the analytic codebook: one encodes, one decodes.
+
+Programs go from item to item: an item is ROWS rows, head by head and token by token, of one slice,
+for centred keys all tokens of one head. The matrix is loaded once a program.
+"""
+
+import triton
+import triton.language as tl
+
+from polarcache.kernels.gpu import centre, rotate, tree
+
+
+@triton.jit
+def encode_trees(
+    x_ptr,
+    slots_ptr,
+    out_ptr,
+    flags_ptr,
+    matrix_ptr,
+    cosines_ptr,
+    num_slices,
+    stride_n,
+    stride_t,
+    stride_h,
+    stride_out_n,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    ITEMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BITS: tl.constexpr,
+    TANGENTS: tl.constexpr,
+    FORM: tl.constexpr,
+    CENTRED: tl.constexpr,
+    ORDER: tl.constexpr,
+    FIELDS: tl.constexpr,
+    SCALE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Encodes keys or values.
+
+    Grid: any number of programs.
+    Reads: x fp16, bf16 or fp32 [N, T, H, D], last dim contiguous; or, where slots_ptr int64 [N, T]
+    names the rows, [rows, H, D]. matrix fp16 [2, D, D]: high and low part of the rotation over
+    SCALE, columns in the order of the trees. cosines fp32 [levels, 16], angles of each level.
+    Writes: out uint8 [N, slice_bytes] at bytes FIELDS: levels, radii and, of centred keys, means
+    and scales, every byte once; flags int32 [N], 1 where a radius or mean does not fit fp16.
+    Reference: kernels/polar/recursive.py.
+    """
+    DEEP: tl.constexpr = FORM == "deep"
+    LEVELS: tl.constexpr = len(BITS)
+    high, low = rotate.load_matrices(matrix_ptr, D, D, 2)
+    channel = tl.arange(0, D)
+    turns = rotate.turns(num_slices * ITEMS)
+    for turn in tl.range(0, turns, num_stages=STAGES):
+        item = tl.program_id(0) + turn * tl.num_programs(0)
+        slice_index = (item // ITEMS).to(tl.int64)
+        first_row = item % ITEMS * ROWS
+        row = first_row + tl.arange(0, ROWS)
+        rows = rotate.head_rows(slots_ptr, slice_index, row, stride_n, stride_t, stride_h, T)
+        x = tl.load(x_ptr + rows[:, None] + channel[None, :])
+        slice_ptr = out_ptr + slice_index * stride_out_n
+        if CENTRED:
+            x = x.to(tl.float32)
+            mean = centre.mean_rows(x, T)
+            scale = centre.largest(mean).to(tl.float16)
+            at = slice_ptr + FIELDS[LEVELS + 1] + first_row // T * D + channel[None, :]
+            x = centre.take_mean(x, mean, scale, at, (channel < D)[None, :])
+            at = (slice_ptr + FIELDS[LEVELS + 2]).to(tl.pointer_type(tl.float16))
+            tl.store(at + first_row // T + tl.arange(0, 1)[:, None], scale)
+            rotate.refuse(flags_ptr + slice_index, scale.to(tl.float32) <= rotate.FP16_MAX)
+        x_high, x_low, inverse = rotate.split_rows(x)
+        numbers = rotate.product(x_high, x_low, high, low, x.dtype == tl.float32, 2)
+        first, second = rotate.halves(numbers)
+        codes, products = tree.first_codes(first, second, DEEP)
+        square = first * first + second * second
+        _store_level(slice_ptr, first_row, codes, D, 0, BITS, ORDER, FIELDS)
+        for index in tl.static_range(1, LEVELS):
+            if index == 4:
+                square = tree.by_column(square, ORDER)
+                products = tree.by_column(products, ORDER)  # of `deep`, the only one of 5 levels
+            first, second = rotate.halves(square)
+            codes, products = tree.next_codes(
+                first, second, products,
+                rotate.load_table(cosines_ptr + tree.ENTRIES * index, 1 << BITS[index]),
+                TANGENTS, index, BITS[index], DEEP,
+            )  # fmt: skip
+            square = first + second
+            _store_level(slice_ptr, first_row, codes, D, index, BITS, ORDER, FIELDS)
+        TREES: tl.constexpr = D >> LEVELS
+        radius = tl.sqrt(square)
+        if DEEP:
+            some = products > 0
+            radius = tl.where(some, square / tl.where(some, products, 1.0), radius)
+        radius *= inverse * SCALE
+        half = radius.to(tl.float16)
+        rotate.refuse(flags_ptr + slice_index, half.to(tl.float32) <= rotate.FP16_MAX)
+        if FORM == "published":
+            code = half.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        else:
+            code = tree.log_codes(radius)
+        BYTES: tl.constexpr = 2 if FORM == "published" else 1
+        at = slice_ptr + FIELDS[LEVELS] + first_row * (TREES * BYTES)
+        tree.store_stream(at, tree.to_memory(code, "rows" if DEEP else ORDER), 8 * BYTES)
+
+
+@triton.jit
+def _store_level(
+    slice_ptr,
+    first_row,
+    codes,
+    D: tl.constexpr,
+    LEVEL: tl.constexpr,
+    BITS: tl.constexpr,
+    ORDER: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    """Stores codes, int32 [ROWS, D >> (LEVEL + 1)], of a level counted from 0."""
+    NODES: tl.constexpr = D >> (LEVEL + 1)
+    WIDTH: tl.constexpr = BITS[LEVEL]
+    at = slice_ptr + FIELDS[LEVEL] + first_row * (NODES * WIDTH) // 8
+    if LEVEL < 4:
+        numbers = tree.to_memory(tree.gathered(codes, D // 16, WIDTH), ORDER)
+        tree.store_stream(at, numbers, (8 >> LEVEL) * WIDTH)
+    else:
+        tree.store_stream(at, tree.to_memory(codes, "rows"), WIDTH)
+
+
+@triton.jit
+def decode_trees(
+    packed_ptr,
+    out_ptr,
+    slots_ptr,
+    matrix_ptr,
+    cosines_ptr,
+    num_slices,
+    stride_packed_n,
+    stride_n,
+    stride_t,
+    stride_h,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    ITEMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BITS: tl.constexpr,
+    FORM: tl.constexpr,
+    CENTRED: tl.constexpr,
+    ORDER: tl.constexpr,
+    FIELDS: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    """Decodes keys or values.
+
+    Grid: any number of programs.
+    Reads: packed uint8 [N, slice_bytes], fields as encode_trees writes them. matrix fp16
+    [2, D, D]: the rotation over SCALE, rows in the order of the trees.
+    Writes: out fp16, bf16 or fp32 as encode_trees reads x, every element once.
+    Precision: products of fp16 numbers, fp32 sums; in two parts where out is fp32.
+    """
+    LEVELS: tl.constexpr = len(BITS)
+    LOW: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
+    high, low = rotate.load_matrices(matrix_ptr, D, D, 2 if LOW else 1)
+    channel = tl.arange(0, D)
+    known = (channel < D)[None, :]
+    turns = rotate.turns(num_slices * ITEMS)
+    for turn in tl.range(0, turns, num_stages=1):
+        item = tl.program_id(0) + turn * tl.num_programs(0)
+        slice_index = (item // ITEMS).to(tl.int64)
+        first_row = item % ITEMS * ROWS
+        row = first_row + tl.arange(0, ROWS)
+        slice_ptr = packed_ptr + slice_index * stride_packed_n
+        radii = _radii(slice_ptr, first_row, D, ROWS, LEVELS, FORM, ORDER, FIELDS[LEVELS])
+        factor, inverse = rotate.powers(tl.max(radii, 1, keep_dims=True))
+        radii *= factor
+        for back in tl.static_range(1, LEVELS):
+            if LEVELS - back == 3 and LEVELS > 4:
+                radii = tree.by_lane(radii, ORDER)
+            codes = _load_level(slice_ptr, first_row, D, ROWS, LEVELS - back, BITS, ORDER, FIELDS)
+            cosines = rotate.load_table(
+                cosines_ptr + tree.ENTRIES * (LEVELS - back), 1 << BITS[LEVELS - back]
+            )
+            radii = tree.expanded(radii, codes, cosines, BITS[LEVELS - back])
+        codes = _load_level(slice_ptr, first_row, D, ROWS, 0, BITS, ORDER, FIELDS)
+        numbers = tree.expanded_first(radii, codes)
+        x_high, x_low = rotate.split_scaled(numbers, LOW)
+        numbers = rotate.product(x_high, x_low, high, low, LOW, 2 if LOW else 1)
+        numbers = numbers * (inverse * SCALE)
+        # No channel is larger than the row: than sqrt(8) times its longest tree.
+        bound = inverse * 131072.0
+        if CENTRED:
+            at = (slice_ptr + FIELDS[LEVELS + 2]).to(tl.pointer_type(tl.float16))
+            scale = tl.load(at + first_row // T).to(tl.float32)
+            at = slice_ptr + FIELDS[LEVELS + 1] + first_row // T * D + channel[None, :]
+            numbers += centre.load_mean(at, known, scale)
+            bound += scale
+        rows = rotate.head_rows(slots_ptr, slice_index, row, stride_n, stride_t, stride_h, T)
+        rotate.store_rows(out_ptr, rows, numbers, bound, known)
+
+
+@triton.jit
+def _radii(
+    slice_ptr,
+    first_row,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    FORM: tl.constexpr,
+    ORDER: tl.constexpr,
+    FIELD: tl.constexpr,
+):
+    """Returns radii of the last level, fp32 [ROWS, D / 2**LEVELS]."""
+    TREES: tl.constexpr = D >> LEVELS
+    BYTES: tl.constexpr = 2 if FORM == "published" else 1
+    at = slice_ptr + FIELD + first_row * (TREES * BYTES)
+    code = tree.load_stream(at, ROWS * TREES, 8 * BYTES)
+    code = tree.from_memory(code, TREES, "rows" if FORM == "deep" else ORDER)
+    if FORM == "published":
+        return code.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return tree.log_radii(code & 0xFF)
+
+
+@triton.jit
+def _load_level(
+    slice_ptr,
+    first_row,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    LEVEL: tl.constexpr,
+    BITS: tl.constexpr,
+    ORDER: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    """Loads what _store_level stored."""
+    NODES: tl.constexpr = D >> (LEVEL + 1)
+    WIDTH: tl.constexpr = BITS[LEVEL]
+    at = slice_ptr + FIELDS[LEVEL] + first_row * (NODES * WIDTH) // 8
+    if LEVEL < 4:
+        numbers = tree.load_stream(at, ROWS * (D // 16), (8 >> LEVEL) * WIDTH)
+        numbers = tree.from_memory(numbers, D // 16, ORDER)
+        return tree.scattered(numbers, 8 >> LEVEL, WIDTH)
+    else:
+        numbers = tree.load_stream(at, ROWS * NODES, WIDTH)
+        return tree.from_memory(numbers, NODES, "rows") & ((1 << WIDTH) - 1)
