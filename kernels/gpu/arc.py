@@ -1,12 +1,17 @@
-"""The smallest arc of a group's angles: device functions. Reference: kernels/polar/pair.py."""
+"""Arcs of a group's angles: device functions. Reference: kernels/polar/pair.py, arcs.py."""
 
 import triton
 import triton.language as tl
 
+from polarcache.kernels.gpu.words import whole
+from polarcache.kernels.polar.arcs import MAX_ARC_EXPONENT as _MAX_ARC_EXPONENT
+from polarcache.kernels.polar.arcs import START_BITS as _START_BITS
 from polarcache.kernels.polar.pair import NUM_SECTORS as _NUM_SECTORS
 
 NUM_SECTORS = tl.constexpr(_NUM_SECTORS)
 ALL_SECTORS = tl.constexpr((1 << _NUM_SECTORS) - 1)
+MAX_ARC_EXPONENT = tl.constexpr(_MAX_ARC_EXPONENT)
+STARTS = tl.constexpr(1 << _START_BITS)
 PI = tl.constexpr(3.141592653589793)
 TAU = tl.constexpr(6.283185307179586)
 
@@ -64,3 +69,47 @@ def _longer(begins, length, runs, LENGTH: tl.constexpr):
     longer = begins & _rotated(runs, length)
     found = longer != 0
     return tl.where(found, longer, begins), tl.where(found, length + LENGTH, length)
+
+
+@triton.jit
+def whole_arc(middle, start, stop):
+    """Widens an arc to a power of two of a turn.
+
+    Args:
+        middle: fp32, what the angles of a group are relative to.
+        start: fp32 smallest relative angle, of the same shape.
+        stop: fp32 largest relative angle, likewise.
+
+    Returns:
+        arc: int32, the arc's start in units of 1 / STARTS turns, of any whole turn.
+        exponent: int32; the arc is 2**-exponent turns wide.
+    """
+    turns = tl.maximum((stop - start) * (1 / TAU), 2.0**-20)
+    # frexp: turns are less than 2**(stored exponent - 126), and at least half of that.
+    exponent = 126 - (turns.to(tl.int32, bitcast=True) >> 23)
+    exponent = tl.minimum(tl.maximum(exponent, 0), MAX_ARC_EXPONENT)
+    width = _power(exponent) * TAU
+    place = (middle + (start + stop) * 0.5 - width * 0.5) * (STARTS / TAU)
+    return whole(place).to(tl.int32), exponent
+
+
+@triton.jit
+def _power(exponent):
+    """Returns 2**-exponent, fp32, of int32 exponents from 0 to 126."""
+    return ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def arc_step(exponent, T_BITS: tl.constexpr):
+    """Returns the step of angle codes on an arc of 2**-exponent turns, and the gain of radii.
+
+    The gain is h / sin h of half a step h, at most pi / 2: the inverse of a Taylor series.
+    """
+    step = _power(exponent + T_BITS) * TAU
+    w = step * step * 0.25
+    sine = w * (1.0 / 6227020800) - 1.0 / 39916800
+    sine = sine * w + 1.0 / 362880
+    sine = sine * w - 1.0 / 5040
+    sine = sine * w + 1.0 / 120
+    sine = sine * w - 1.0 / 6
+    return step, 1.0 / (sine * w + 1.0)

@@ -1,5 +1,7 @@
 """What keys lose before a rotation: device functions. Reference: kernels/polar/centre.py."""
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -13,21 +15,21 @@ BALANCE_ONE = tl.constexpr(_centre.BALANCE_ONE)
 GAIN_STEPS = tl.constexpr(_centre.GAIN_STEPS)
 GAIN_ZERO = tl.constexpr(_centre.GAIN_ZERO)
 LEAST_ENERGY = tl.constexpr(_centre.LEAST_ENERGY)
+LEAST_LOG = tl.constexpr(math.log2(_centre.LEAST_ENERGY))
 QUERY_POWER = tl.constexpr(_centre.QUERY_POWER)
 
 
 @triton.jit
 def mean_rows(x, COUNT: tl.constexpr):
-    """Returns the sum of rows, fp32 [M, K], over COUNT: [1, K]."""
-    total = tl.sum(x, 0, keep_dims=True)
-    return tl.div_rn(total, tl.full(total.shape, COUNT, tl.float32))
+    """Returns the sum of rows, fp32 [M, K], over COUNT, a power of two: [1, K]."""
+    return tl.sum(x, 0, keep_dims=True) * (1.0 / COUNT)
 
 
 @triton.jit
-def largest(numbers):
-    """Returns the largest magnitude of fp32 [1, K], NaN where one is not finite: [1, 1]."""
-    poison = tl.sum(numbers * 0.0, 1, keep_dims=True)
-    return tl.max(tl.abs(numbers), 1, keep_dims=True) + poison
+def largest(numbers, AXIS: tl.constexpr):
+    """Returns the largest magnitude of fp32 along an axis, NaN where one is not finite."""
+    poison = tl.sum(numbers * 0.0, AXIS, keep_dims=True)
+    return tl.max(tl.abs(numbers), AXIS, keep_dims=True) + poison
 
 
 @triton.jit
@@ -50,10 +52,9 @@ def take_mean(x, mean, scale, at, known):
     Returns:
         fp32 [M, K], 0 where not known.
     """
-    wide = tl.broadcast_to(scale.to(tl.float32), mean.shape)
-    some = wide > 0
-    step = tl.div_rn(tl.full(mean.shape, MEAN_STEPS, tl.float32), tl.where(some, wide, 1.0))
-    code = tl.clamp(whole(tl.where(some, mean * step, 0.0)), -MEAN_STEPS, MEAN_STEPS)
+    wide = scale.to(tl.float32)
+    step = tl.div_rn(tl.full(wide.shape, MEAN_STEPS, tl.float32), tl.where(wide > 0, wide, 1.0))
+    code = tl.clamp(whole(tl.where(wide > 0, mean * step, 0.0)), -MEAN_STEPS, MEAN_STEPS)
     tl.store(at, (code.to(tl.int32) + MEAN_ZERO).to(tl.uint8), mask=known)
     return tl.where(known, x - code * mean_step(wide), 0.0)
 
@@ -66,9 +67,9 @@ def mean_step(scale):
 
 @triton.jit
 def load_mean(at, known, scale):
-    """Returns means fp32 of codes at uint8 pointers; scale fp32 broadcasts to them."""
+    """Returns means fp32 of codes at uint8 pointers [1, K]; scale is one fp32 number."""
     code = tl.load(at, mask=known, other=0).to(tl.int32) - MEAN_ZERO
-    return code.to(tl.float32) * mean_step(tl.broadcast_to(scale, code.shape))
+    return code.to(tl.float32) * mean_step(tl.broadcast_to(scale, [1, 1]))
 
 
 @triton.jit
@@ -81,9 +82,9 @@ def balance_codes(energy, query_at, known, PAIRS: tl.constexpr):
         known: pairs that there are, bool [1, P].
         PAIRS: their number.
     """
-    most = tl.broadcast_to(tl.max(energy, 1, keep_dims=True), energy.shape)
-    relative = tl.div_rn(energy, tl.where(most > 0, most, 1.0))
-    logs = tl.log2(tl.maximum(relative, LEAST_ENERGY))
+    most = tl.max(energy, 1, keep_dims=True)
+    logs = tl.log2(energy) - tl.log2(tl.where(most > 0, most, 1.0))
+    logs = tl.maximum(logs, LEAST_LOG)
     if query_at is None:
         logs = logs * (-0.25 * (1 - QUERY_POWER))
     else:
@@ -105,10 +106,10 @@ def balance(code, SIGN: tl.constexpr):
 
 @triton.jit
 def gain_codes(gains, most):
-    """Returns codes of gains, int32 of their shape, below `most`, fp32 of that shape."""
+    """Returns codes of gains, fp32 [M, 1], below `most`, fp32 [1, 1]; int32 [M, 1]."""
     some = (gains > 0) & (most > 0)
-    ratio = tl.div_rn(tl.where(some, most, 1.0), tl.where(some, gains, 1.0))
-    code = tl.clamp(whole(tl.log2(ratio) * GAIN_STEPS), 0.0, GAIN_ZERO)
+    below = tl.log2(tl.where(some, most, 1.0)) - tl.log2(tl.where(some, gains, 1.0))
+    code = tl.clamp(whole(below * GAIN_STEPS), 0.0, GAIN_ZERO)
     return tl.where(some & (code == code), code.to(tl.int32), GAIN_ZERO)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from polarcache.kernels.gpu.rotated import row_strides
 from polarcache.kernels.gpu.sides import decode_kernel, encode_kernel
 from polarcache.kernels.layout import TILE_TOKENS, BlockShape, Field, PackedLayout
-from polarcache.kernels.profile import Integer, Pair, Profile
+from polarcache.kernels.profile import ArcPair, Integer, Pair, Profile
 
 # 32 pairs a thread, whose radii and angles still fit its registers, or 64 values.
 _PAIRS_PER_WARP = 1024
@@ -54,7 +54,7 @@ class FusedPlan:
         key = _key_constants(profile, shape, fields, steps)
         warps = 1
         if key is not None:
-            tokens, steps = key[-2:]
+            tokens, steps = key[7:9]
             warps = _warps(tokens * 8 * steps, _PAIRS_PER_WARP)
         value = _value_constants(profile, shape, fields, warps)
         if key is None and value is None:
@@ -131,9 +131,16 @@ def _warps(numbers: int, per_warp: int) -> int:
 def _key_constants(
     profile: Profile, shape: BlockShape, fields: Mapping[str, Field], steps: int
 ) -> tuple[Any, ...] | None:
-    """Returns radius and angle bits, arc, group, tiles, two offsets, a program's tokens, steps."""
+    """Returns radius and angle bits, kind of arc, group, tiles, offsets of codes and parameters.
+
+    Then a program's tokens and steps, and the offset of arcs.
+    """
     codec = profile.key
-    if type(codec) is not Pair:
+    if isinstance(codec, Pair):
+        bits, arc, names = codec.bits, codec.angle_range, ("parameters", "parameters")
+    elif isinstance(codec, ArcPair) and not codec.tiers:
+        bits, arc, names = codec.radius_bits + codec.angle_bits, "arc2", ("radii", "arcs")
+    else:
         return None
     codes = fields["key_codes"]
     tiles = _tiles(codes, TILE_TOKENS * shape.pairs)
@@ -141,7 +148,7 @@ def _key_constants(
         return None
     all_steps = shape.pairs // 8
     # Fewer than 8 bits fill words with the steps of whole units, or with 4 or 8 of one tile.
-    filling = 1 if codec.bits == 8 else 8 if codec.bits % 2 else 4
+    filling = 1 if bits == 8 else 8 if bits % 2 else 4
     steps = max(steps, filling)
     while all_steps % steps and steps > filling:
         steps //= 2
@@ -150,13 +157,14 @@ def _key_constants(
     return (
         codec.radius_bits,
         codec.angle_bits,
-        codec.angle_range == "arc",
+        arc,
         codec.group_tokens,
         tiles,
         codes.offset,
-        fields["key_parameters"].offset,
+        fields[f"key_{names[0]}"].offset,
         max(codec.group_tokens, TILE_TOKENS * tiles),
         steps,
+        fields[f"key_{names[1]}"].offset,
     )
 
 

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from polarcache.kernels.gpu.arc import MAX_ARC_EXPONENT, STARTS, TAU, arc_step
 from polarcache.kernels.gpu.pair_encode import FP16_MAX, PI, pair_channels, spread
 from polarcache.kernels.gpu.words import ROUNDER, load_words, token_rows
 
@@ -46,6 +47,7 @@ def decode_pairs(
     slots_ptr,
     codes_ptr,
     parameters_ptr,
+    arcs_ptr,
     slice_index,
     stride_n,
     stride_t,
@@ -57,6 +59,7 @@ def decode_pairs(
     INTERLEAVED: tl.constexpr,
     R_BITS: tl.constexpr,
     T_BITS: tl.constexpr,
+    ARC: tl.constexpr,
     GROUP: tl.constexpr,
     TILES: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -79,12 +82,18 @@ def decode_pairs(
     radius_code = ((codes >> T_BITS) & ((1 << R_BITS) - 1)).to(tl.float32)
     angle_code = (codes & ((1 << T_BITS) - 1)).to(tl.float32)
 
-    place = tl.arange(0, NG)[:, None, None] * (2 * D) + step[None, :, None]
+    group = tl.arange(0, NG)[:, None, None]
+    place = step[None, :, None]
     place += ((column % 4)[None, :, None] + 4 * tl.arange(0, 2)[None, None, :]) * (D // 16)
-    at = parameters_ptr + place
+    at = parameters_ptr + (group * (D if ARC == "arc2" else 2 * D) + place)
     radius_zero, radius_scale = tl.load(at).to(tl.float32), tl.load(at + D // 2).to(tl.float32)
-    angle_zero, angle_scale = tl.load(at + D).to(tl.float32), tl.load(at + D // 2 * 3)
-    angle_scale = angle_scale.to(tl.float32)
+    if ARC == "arc2":
+        arc = tl.load(arcs_ptr + (group * (D // 2) + place)).to(tl.int32)
+        angle_zero = ((arc >> 4) & (STARTS - 1)).to(tl.float32) * (TAU / STARTS)
+        angle_scale, _ = arc_step(tl.minimum(arc & 15, MAX_ARC_EXPONENT), T_BITS)
+    else:
+        angle_zero, angle_scale = tl.load(at + D).to(tl.float32), tl.load(at + D // 2 * 3)
+        angle_scale = angle_scale.to(tl.float32)
     radius = spread(radius_zero + 0.5 * radius_scale, R) + radius_code * spread(radius_scale, R)
     angle = spread(angle_zero + 0.5 * angle_scale, R) + angle_code * spread(angle_scale, R)
     x, y = _turn(angle)

@@ -11,7 +11,7 @@ changes threads, and so do the rows of a column, but for the warps' share of the
 import triton
 import triton.language as tl
 
-from polarcache.kernels.gpu.arc import arc_middle, sectors
+from polarcache.kernels.gpu.arc import arc_middle, arc_step, sectors, whole_arc
 from polarcache.kernels.gpu.words import (
     ROUNDER_BITS,
     reciprocal,
@@ -49,8 +49,10 @@ def pair_channels(pairs, D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.
 
 
 @triton.jit
-def polar(x, y):
-    """Returns squared radius, radius and angle minus pi, in [-pi, pi], of fp32 pairs.
+def polar(x, y, TURNED: tl.constexpr):
+    """Returns squared radius, radius and angle in [-pi, pi] of fp32 pairs.
+
+    TURNED: whether angles are less by pi, so that they start at 0 and not at -pi.
 
     One reciprocal root serves both: the angle to the nearer axis has the sine min(|x|, |y|) / r,
     at most sqrt(1/2), where asin z = z + z^3 Q(z^2), Q of degree 5, within 5e-8 (minimax fit).
@@ -67,8 +69,13 @@ def polar(x, y):
     q = q * w + 0.16663891077041626
     angle = z + z * (q * w)
     angle = tl.where(height > width, PI / 2 - angle, angle)
-    angle = tl.where(x < 0, angle, PI - angle)
-    return square, square * root, tl.where(y < 0, angle, -angle)
+    if TURNED:
+        angle = tl.where(x < 0, angle, PI - angle)
+        angle = tl.where(y < 0, angle, -angle)
+    else:
+        angle = tl.where(x < 0, PI - angle, angle)
+        angle = tl.where(y < 0, -angle, angle)
+    return square, square * root, angle
 
 
 @triton.jit
@@ -216,6 +223,7 @@ def encode_pairs(
     slots_ptr,
     codes_ptr,
     parameters_ptr,
+    arcs_ptr,
     flag_ptr,
     slice_index,
     stride_n,
@@ -239,6 +247,7 @@ def encode_pairs(
     Reads: x fp16, bf16 or fp32 at x_ptr (the head's first channel), last dim contiguous.
     Writes: codes and parameters of these pairs, every byte once; a flag where a radius is not
     finite or above 65504.
+    ARC: `minmax`, `arc` or `arc2`, whose arcs go to arcs_ptr; else that is not read.
     Precision: fp32, parameters rounded to fp16 before codes are taken from them.
     """
     C: tl.constexpr = 4 * triton.next_power_of_2(STEPS)
@@ -253,9 +262,9 @@ def encode_pairs(
     rows_a = token_rows(slots_ptr, slice_index, token, stride_n, stride_t, T)
     rows_b = token_rows(slots_ptr, slice_index, token + 8, stride_n, stride_t, T)
     x, y = _load_pairs(x_ptr, rows_a, rows_b, step, c, D, ROTARY, INTERLEAVED)
-    square, radius, angle = polar(x, y)
+    square, radius, angle = polar(x, y, ARC != "arc2")
     radius_a, radius_b = tl.split(radius)
-    if ARC:
+    if ARC != "minmax":
         present = square > 2 * TINY
         sectors_a, sectors_b = tl.split(sectors(angle, present))
         angle = tl.where(present, angle, NAN)  # minima and maxima pass over NaN
@@ -274,23 +283,36 @@ def encode_pairs(
         start, stop = _fold_angles(start, stop, NG)
         some = high * high > 2 * TINY
         start, stop = tl.where(some, start, 0.0), tl.where(some, stop, 0.0)
-        zero = start + (middle + PI)
-        zero -= TAU * whole(zero * (1 / TAU))
     else:
         angle_a, angle_b = tl.split(angle)
         low, high, start, stop = _merge(
             radius_a, radius_a, angle_a, angle_a, radius_b, radius_b, angle_b, angle_b
         )
         low, high, start, stop = _fold_ranges(low, high, start, stop, NG)
-        zero = start + PI
-    radius_min = low.to(tl.float16)
-    radius_scale = ((high - low) * (1.0 / (1 << R_BITS))).to(tl.float16)
-    angle_zero = zero.to(tl.float16)
-    angle_scale = ((stop - start) * (1.0 / (1 << T_BITS))).to(tl.float16)
-
-    # Only the rounding error moves the zero, so no angle can leave by the other end of the arc.
-    relative_zero = start + (angle_zero.to(tl.float32) - zero)
-    codes = _codes(angle, relative_zero, angle_scale.to(tl.float32), T_BITS)
+        middle = tl.zeros(start.shape, tl.float32)
+    # Parameters of groups, [NG, C, pair + 4]
+    at = step[None, :, None] + (c[None, :, None] + 4 * tl.arange(0, 2)[None, None, :]) * (D // 16)
+    group = tl.arange(0, NG)[:, None, None]
+    if ARC == "arc2":
+        arc, exponent = whole_arc(middle, start, stop)
+        at_arc = (arcs_ptr + group * (D // 2)) + at
+        tl.store(at_arc, ((arc << 4) | exponent).to(tl.int16))
+        step_width, gain = arc_step(exponent, T_BITS)
+        radius_min = (low * gain).to(tl.float16)
+        radius_scale = ((high - low) * gain * (1.0 / (1 << R_BITS))).to(tl.float16)
+        radius = radius * spread(gain, R)
+        codes = _codes(angle, arc.to(tl.float32) * (TAU / 4096) - middle, step_width, T_BITS)
+    else:
+        zero = start + (middle + PI)
+        if ARC == "arc":
+            zero -= TAU * whole(zero * (1 / TAU))
+        radius_min = low.to(tl.float16)
+        radius_scale = ((high - low) * (1.0 / (1 << R_BITS))).to(tl.float16)
+        angle_zero = zero.to(tl.float16)
+        angle_scale = ((stop - start) * (1.0 / (1 << T_BITS))).to(tl.float16)
+        # Only the rounding error moves the zero, so no angle can leave by the other end.
+        relative_zero = start + (angle_zero.to(tl.float32) - zero)
+        codes = _codes(angle, relative_zero, angle_scale.to(tl.float32), T_BITS)
     radius_code = _codes(radius, radius_min.to(tl.float32), radius_scale.to(tl.float32), R_BITS)
     codes += radius_code << T_BITS
     bytes_a, bytes_b = tl.split(codes)
@@ -302,12 +324,18 @@ def encode_pairs(
     )
     store_words(codes_ptr, words, step, first_step, D, R_BITS + T_BITS, TILES, STEPS)
 
-    # [groups, 4 kinds, pair % 8, pair // 8]; here [NG, C, pair + 4, angle, scale]
-    zeros, scales = tl.join(radius_min, angle_zero), tl.join(radius_scale, angle_scale)
-    place = tl.arange(0, NG)[:, None, None] * (2 * D) + step[None, :, None]
-    place += (c[None, :, None] + 4 * tl.arange(0, 2)[None, None, :]) * (D // 16)
-    place = place[:, :, :, None, None] + tl.arange(0, 2)[None, None, None, :, None] * D
-    place += tl.arange(0, 2)[None, None, None, None, :] * (D // 2)
-    tl.store(parameters_ptr + place, tl.join(zeros, scales))
-    refused = tl.where(high <= FP16_MAX, 0, 1)
+    if ARC == "arc2":
+        # [groups, 2 kinds, pair % 8, pair // 8]
+        at = parameters_ptr + group * D + at
+        tl.store(at, radius_min)
+        tl.store(at + D // 2, radius_scale)
+    else:
+        # [groups, 4 kinds, pair % 8, pair // 8]; here [NG, C, pair + 4, angle, scale]
+        zeros, scales = tl.join(radius_min, angle_zero), tl.join(radius_scale, angle_scale)
+        place = (group * (2 * D) + at)[:, :, :, None, None]
+        place += tl.arange(0, 2)[None, None, None, :, None] * D
+        place += tl.arange(0, 2)[None, None, None, None, :] * (D // 2)
+        tl.store(parameters_ptr + place, tl.join(zeros, scales))
+    fine = tl.maximum(high, radius_min.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
+    refused = tl.where(fine <= FP16_MAX, 0, 1)
     tl.store(flag_ptr + tl.zeros([NG, C, 2], tl.int32), refused, mask=refused != 0)

@@ -140,7 +140,7 @@ def encode_keys(
         scales_ptr = (slice_ptr + FIELDS[1]).to(tl.pointer_type(tl.float16)) + 2 * head
         one = tl.arange(0, 1)[:, None]
         mean_1, mean_2 = centre.mean_rows(x_1, T), centre.mean_rows(x_2, T)
-        scale = centre.larger(centre.largest(mean_1), centre.largest(mean_2)).to(tl.float16)
+        scale = centre.larger(centre.largest(mean_1, 1), centre.largest(mean_2, 1)).to(tl.float16)
         tl.store(scales_ptr + one, scale)
         means_ptr = slice_ptr + FIELDS[0] + head * D
         x_1 = centre.take_mean(x_1, mean_1, scale, means_ptr + channel_1[None, :], known)
@@ -171,9 +171,9 @@ def encode_keys(
             codes_ptr.to(tl.pointer_type(tl.int32)), codes, D, R_BITS + T_BITS, TILES
         )
         gains = gains * (inverse * SCALE)
-        most = tl.reshape(centre.largest(tl.reshape(gains, [1, T])), [1, 1]).to(tl.float16)
+        most = centre.largest(gains, 0).to(tl.float16)
         tl.store(scales_ptr + 1 + one, most)
-        gain = centre.gain_codes(gains, tl.broadcast_to(most.to(tl.float32), gains.shape))
+        gain = centre.gain_codes(gains, most.to(tl.float32))
         tl.store(slice_ptr + FIELDS[4] + row[:, None], gain.to(tl.uint8))
         fine = (scale.to(tl.float32) <= rotate.FP16_MAX) & (most.to(tl.float32) <= rotate.FP16_MAX)
         rotate.refuse(flags_ptr + slice_index, fine)

@@ -24,8 +24,9 @@ _MAX_ROWS = 128
 _NUMBERS_PER_WARP = 2048
 # Numbers of a head's tokens that a program can hold, for keys whose means are taken off.
 _MAX_HEAD_NUMBERS = 32768
-_POLAR_DIMS = range(32, 257, 16)
-# Both parts of a rotation must fit shared memory.
+# Matrices, in two parts where entries are not whole, must fit shared memory beside the rows.
+_KEY_DIMS = tuple(range(32, 129, 16))
+_VALUE_DIMS = (*_KEY_DIMS, 256)
 _TREE_DIMS = (32, 64, 128)
 _MATRIX_SCALE = 256
 _ENTRIES = tree.ENTRIES.value
@@ -170,7 +171,8 @@ def _polar_launches(
     head_dim = shape.head_dim if side == "key" else shape.v_head_dim
     order = fields["codes"].order
     items = _items(shape, head_dim, whole_heads=side == "key")
-    if order.streams == 1 or items is None or head_dim not in _POLAR_DIMS:
+    dims = _KEY_DIMS if side == "key" else _VALUE_DIMS
+    if order.streams == 1 or items is None or head_dim not in dims:
         return None
     points = rayleigh_points(codec.radius_bits)
     whole = head_dim & (head_dim - 1) == 0

@@ -76,12 +76,15 @@ def encode_kernel(
         PAIR_BYTES: tl.constexpr = D // 16 * (R_BITS + T_BITS)
         codes_ptr = slice_ptr + KEY[5] + (head * T + first_token) * PAIR_BYTES
         group = head * (T // GROUP) + first_token // GROUP
-        parameters_ptr = slice_ptr + KEY[6] + group * (4 * D)
+        # Four kinds a pair, or two and the arc.
+        parameters_ptr = slice_ptr + KEY[6] + group * (2 * D if KEY[2] == "arc2" else 4 * D)
+        arcs_ptr = slice_ptr + KEY[9] + group * D
         encode_pairs(
             k_ptr + head * stride_k_h,
             slots_ptr,
             codes_ptr.to(tl.pointer_type(tl.int32)),
             parameters_ptr.to(tl.pointer_type(tl.float16)),
+            arcs_ptr.to(tl.pointer_type(tl.int16)),
             flags_ptr + slice_index,
             slice_index,
             stride_k_n,
@@ -173,12 +176,15 @@ def decode_kernel(
         PAIR_BYTES: tl.constexpr = D // 16 * (R_BITS + T_BITS)
         codes_ptr = slice_ptr + KEY[5] + (head * T + first_token) * PAIR_BYTES
         group = head * (T // GROUP) + first_token // GROUP
-        parameters_ptr = slice_ptr + KEY[6] + group * (4 * D)
+        # Four kinds a pair, or two and the arc.
+        parameters_ptr = slice_ptr + KEY[6] + group * (2 * D if KEY[2] == "arc2" else 4 * D)
+        arcs_ptr = slice_ptr + KEY[9] + group * D
         decode_pairs(
             k_ptr + head * stride_k_h,
             slots_ptr,
             codes_ptr.to(tl.pointer_type(tl.int32)),
             parameters_ptr.to(tl.pointer_type(tl.float16)),
+            arcs_ptr.to(tl.pointer_type(tl.int16)),
             slice_index,
             stride_k_n,
             stride_k_t,
@@ -190,6 +196,7 @@ def decode_kernel(
             INTERLEAVED,
             R_BITS,
             T_BITS,
+            KEY[2],
             GROUP,
             KEY[4],
             TOKENS,

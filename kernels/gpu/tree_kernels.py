@@ -62,7 +62,7 @@ def encode_trees(
         if CENTRED:
             x = x.to(tl.float32)
             mean = centre.mean_rows(x, T)
-            scale = centre.largest(mean).to(tl.float16)
+            scale = centre.largest(mean, 1).to(tl.float16)
             at = slice_ptr + FIELDS[LEVELS + 1] + first_row // T * D + channel[None, :]
             x = centre.take_mean(x, mean, scale, at, (channel < D)[None, :])
             at = (slice_ptr + FIELDS[LEVELS + 2]).to(tl.pointer_type(tl.float16))

@@ -56,7 +56,7 @@ def encode_pairs_of_rows(
         codes: int32 [M, P].
         gains: fp32 [M, 1], in units of the numbers given; NaN where one is not finite.
     """
-    square, radius, angle = polar(first, second)
+    square, radius, angle = polar(first, second, True)
     summed = square
     if MASKED:
         summed = tl.where(known, square, 0.0)

@@ -20,6 +20,8 @@ CASES = [
     ("k=pair:r3t3:g32,v=int2", BlockShape(64, 1, 64, 64, "half", 32)),
     ("k=pair:r2t1:g64,v=int4", BlockShape(128, 1, 80, 80, "half", 80)),
     ("k=pair:r2t3:g32,v=int4:g32", BlockShape(64, 1, 96, 96, "half", 0)),
+    ("k=pair:r4t4:arc2:g32,v=int4", BlockShape(64, 1, 64, 64, "half", 64)),
+    ("k=pair:r2t3:arc2:g32,v=int4", BlockShape(128, 1, 48, 32, "interleaved", 32)),
     ("k=exact,v=int2:g16", BlockShape(32, 1, 32, 80, "half", 32)),
     ("k=polar:r3t5,v=polar:r2t4", BlockShape(32, 1, 128, 128, "half", 128)),
     ("k=polar:r2t4,v=polar:r1t3", BlockShape(128, 1, 96, 80, "half", 48)),
