@@ -9,7 +9,6 @@ import triton.language as tl
 
 from polarcache.kernels.gpu import centre, rotate, universal
 from polarcache.kernels.gpu.pair_encode import pair_channels
-from polarcache.kernels.gpu.words import load_words
 
 
 @triton.jit
@@ -124,7 +123,10 @@ def encode_keys(
     points = rotate.load_table(radius_ptr, 1 << R_BITS)
     pair = tl.arange(0, P)
     known = (pair < D // 2)[None, :]
-    channel_1, channel_2 = pair_channels(tl.minimum(pair, D // 2 - 1), D, ROTARY, INTERLEAVED)
+    real = pair
+    if 2 * P != D:
+        real = tl.minimum(pair, D // 2 - 1)
+    channel_1, channel_2 = pair_channels(real, D, ROTARY, INTERLEAVED)
     turns = rotate.turns(num_slices * ITEMS)
     for turn in tl.range(0, turns, num_stages=1):
         item = tl.program_id(0) + turn * tl.num_programs(0)
@@ -132,9 +134,10 @@ def encode_keys(
         head = item % ITEMS
         row = head * T + tl.arange(0, T)
         rows = rotate.head_rows(slots_ptr, slice_index, row, stride_n, stride_t, stride_h, T)
-        x_1 = tl.load(x_ptr + rows[:, None] + channel_1[None, :], mask=known, other=0.0)
-        x_2 = tl.load(x_ptr + rows[:, None] + channel_2[None, :], mask=known, other=0.0)
-        x_1, x_2 = x_1.to(tl.float32), x_2.to(tl.float32)
+        x_1 = tl.load(x_ptr + rows[:, None] + channel_1[None, :]).to(tl.float32)
+        x_2 = tl.load(x_ptr + rows[:, None] + channel_2[None, :]).to(tl.float32)
+        if 2 * P != D:
+            x_1, x_2 = tl.where(known, x_1, 0.0), tl.where(known, x_2, 0.0)
 
         slice_ptr = out_ptr + slice_index * stride_out_n
         scales_ptr = (slice_ptr + FIELDS[1]).to(tl.pointer_type(tl.float16)) + 2 * head
@@ -185,8 +188,7 @@ def decode_rows(
     out_ptr,
     slots_ptr,
     matrix_ptr,
-    radius_ptr,
-    turn_ptr,
+    table_ptr,
     num_slices,
     stride_packed_n,
     stride_n,
@@ -199,8 +201,7 @@ def decode_rows(
     KEY: tl.constexpr,
     ITEMS: tl.constexpr,
     ROWS: tl.constexpr,
-    R_BITS: tl.constexpr,
-    T_BITS: tl.constexpr,
+    BITS: tl.constexpr,
     TILES: tl.constexpr,
     FIELDS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -211,26 +212,24 @@ def decode_rows(
     Grid: any number of programs.
     Reads: packed uint8 [N, slice_bytes]: of keys means, scales, balance, codes, gains at bytes
     FIELDS; of values codes and gains. matrix fp16 [2, PARTS, P, K], for the first channels of
-    mixed pairs and for the second, P in the order of the columns of the encoder.
+    mixed pairs and for the second, P in the order of the columns of the encoder. table int32
+    [2, 256]: of every code both channels as fp16, the first in the low half, and what is left.
     Writes: out fp16, bf16 or fp32 as the encoders read it, every element once.
     Precision: products of fp16 numbers, fp32 sums; in two parts where out is fp32.
     """
     K: tl.constexpr = triton.next_power_of_2(D)
     P: tl.constexpr = K // 2
-    BITS: tl.constexpr = R_BITS + T_BITS
     LOW: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
     # No channel is larger than the row, whose D / 2 radii are at most 8.
     LARGEST: tl.constexpr = 8 * D
     matrix_1, low_1 = rotate.load_matrices(matrix_ptr, P, K, PARTS)
     matrix_2, low_2 = rotate.load_matrices(matrix_ptr + PARTS * P * K, P, K, PARTS)
-    radii = rotate.load_table(radius_ptr, 1 << R_BITS)
-    cosines = rotate.load_table(turn_ptr, 1 << T_BITS)
-    sines = rotate.load_table(turn_ptr + (1 << T_BITS), 1 << T_BITS)
+    table = rotate.load_table(table_ptr, 256)
+    low_table = rotate.load_table(table_ptr + 256, 256)
     channel = tl.arange(0, K)
     ok = (channel < D)[None, :]
     CODES: tl.constexpr = FIELDS[3] if KEY else FIELDS[0]
     GAINS: tl.constexpr = FIELDS[4] if KEY else FIELDS[1]
-    step = tl.minimum(tl.arange(0, K // 4) // 4, D // 16 - 1)
     turns = rotate.turns(num_slices * ITEMS)
     for turn in tl.range(0, turns, num_stages=1):
         item = tl.program_id(0) + turn * tl.num_programs(0)
@@ -239,13 +238,14 @@ def decode_rows(
         row = first_row + tl.arange(0, ROWS)
         slice_ptr = packed_ptr + slice_index * stride_packed_n
         codes_ptr = (slice_ptr + CODES + first_row * (D // 16 * BITS)).to(tl.pointer_type(tl.int32))
-        words = load_words(codes_ptr, step, ROWS // 2, D, BITS, TILES)
-        first, second = universal.pairs_of_words(words, radii, cosines, sines, R_BITS, T_BITS)
-        # Parts are halved before they change threads.
-        high_1, rest_1 = rotate.split_scaled(first, LOW)
-        high_2, rest_2 = rotate.split_scaled(second, LOW)
-        high_1, rest_1 = universal.rows_of_words(high_1, KEY), universal.rows_of_words(rest_1, KEY)
-        high_2, rest_2 = universal.rows_of_words(high_2, KEY), universal.rows_of_words(rest_2, KEY)
+        words = universal.load_lanes(codes_ptr, ROWS // 2, D, BITS, TILES)
+        high_1, high_2 = universal.pairs_of_words(words, table)
+        high_1, high_2 = universal.rows_of_words(high_1, KEY), universal.rows_of_words(high_2, KEY)
+        rest_1, rest_2 = high_1, high_2
+        if LOW:
+            rest_1, rest_2 = universal.pairs_of_words(words, low_table)
+            rest_1 = universal.rows_of_words(rest_1, KEY)
+            rest_2 = universal.rows_of_words(rest_2, KEY)
         numbers = rotate.product(high_1, rest_1, matrix_1, low_1, LOW, PARTS)
         numbers = rotate.add_product(numbers, high_2, rest_2, matrix_2, low_2, LOW, PARTS)
         if KEY:
@@ -259,8 +259,9 @@ def decode_rows(
             weight = centre.balance(tl.load(at, mask=ok, other=0).to(tl.int32), -1.0)
             scale = tl.load(scales_ptr).to(tl.float32)
             mean = centre.load_mean(slice_ptr + FIELDS[0] + head * D + channel[None, :], ok, scale)
-            numbers = numbers * (gains * SCALE) * weight + mean
             bound = gains * (LARGEST * tl.max(weight, 1, keep_dims=True)) + scale
+            weight, mean = rotate.spread_columns(weight), rotate.spread_columns(mean)
+            numbers = numbers * (gains * SCALE) * weight + mean
         else:
             at = (slice_ptr + GAINS).to(tl.pointer_type(tl.float16)) + row[:, None]
             gains = tl.load(at).to(tl.float32)

@@ -180,14 +180,14 @@ def _polar_launches(
         "T": shape.tokens,
         "D": head_dim,
         "ITEMS": items[0],
-        "R_BITS": codec.radius_bits,
-        "T_BITS": codec.angle_bits,
         "TILES": order.stream_codes // (head_dim // 16),
         "PARTS": 1 if whole else 2,
         "SCALE": head_dim**-0.5 if whole else 1 / _MATRIX_SCALE,
     }
     pairing = {"ROTARY": shape.rotary_dim, "INTERLEAVED": shape.pairing == "interleaved"}
     codes = {
+        "R_BITS": codec.radius_bits,
+        "T_BITS": codec.angle_bits,
         "BOUNDS": tuple(((low + high) / 2) ** 2 for low, high in pairwise(points)),
     }
     names = ("codes", "gains")
@@ -197,10 +197,11 @@ def _polar_launches(
     warps = _warps(items[1], head_dim)
     decoder = Launch(
         polar_kernels.decode_rows,
-        {**common, **pairing, "KEY": side == "key", "ROWS": items[1], "FIELDS": offsets},
+        {**common, **pairing, "KEY": side == "key", "ROWS": items[1], "FIELDS": offsets,
+         "BITS": codec.bits},
         partial(_polar_decoder_tables, codec, head_dim, side),
         warps,
-    )
+    )  # fmt: skip
     if side == "key":
         encoder = Launch(
             polar_kernels.encode_keys,
@@ -244,7 +245,8 @@ def _tree_launches(
         "FIELDS": tuple(fields[name].offset for name in names),
         "SCALE": 1 / _MATRIX_SCALE,
     }
-    tangents = [0.0] * (_ENTRIES * len(bits))
+    cosines = _cosines(codec, head_dim).flatten().tolist()
+    tangents = [0.0] * len(cosines)
     for level, width in enumerate(bits[1:], start=2):
         for index, (low, high) in enumerate(pairwise(centroids(level, width))):
             tangents[_ENTRIES * (level - 1) + index] = math.tan((low + high) / 2) ** 2
@@ -252,13 +254,13 @@ def _tree_launches(
     warps = _warps(items[1], head_dim)
     encoder = Launch(
         tree_kernels.encode_trees,
-        {**common, "TANGENTS": tuple(tangents), "STAGES": 1},
+        {**common, "COSINES": tuple(cosines), "TANGENTS": tuple(tangents), "STAGES": 1},
         partial(_tree_tables, codec, head_dim, by_lane, True),
         warps,
     )
     decoder = Launch(
         tree_kernels.decode_trees,
-        common,
+        {**common, "COSINES": tuple(cosines)},
         partial(_tree_tables, codec, head_dim, by_lane, False),
         warps,
     )
@@ -329,7 +331,7 @@ def _key_mixing(
 def _polar_decoder_tables(
     codec: Polar, head_dim: int, side: str, device: torch.device
 ) -> tuple[Tensor, ...]:
-    """Returns what unmixes, fp16 [2, PARTS, P, K], radii and [cosines, sines], fp32."""
+    """Returns what unmixes, fp16 [2, PARTS, P, K], and both channels of all codes."""
     pairs = _pair_columns(head_dim, side)
     parts = _mixing_parts(head_dim)
     size = 1 << (head_dim - 1).bit_length()
@@ -337,13 +339,19 @@ def _polar_decoder_tables(
     real = head_dim // 2
     for index in range(2):
         padded[index, :, :real, :head_dim] = parts[:, pairs[:real] + index * real]
-    steps = 1 << codec.angle_bits
-    phases = (np.arange(steps) + 0.5) * (2 * np.pi / steps)
-    return (
-        torch.from_numpy(padded).to(device, torch.float16),
-        _points(codec, device),
-        torch.from_numpy(np.stack((np.cos(phases), np.sin(phases)))).to(device, torch.float32),
-    )
+    return torch.from_numpy(padded).to(device, torch.float16), _channels_of_codes(codec).to(device)
+
+
+def _channels_of_codes(codec: Polar) -> Tensor:
+    """Returns both channels of every code, int32 [2, 256]: halves nearest to them, and the rest."""
+    code = np.arange(1 << codec.bits)
+    phases = (code % (1 << codec.angle_bits) + 0.5) * (2 * np.pi / (1 << codec.angle_bits))
+    radii = np.array(rayleigh_points(codec.radius_bits))[code >> codec.angle_bits]
+    pairs = np.stack((radii * np.cos(phases), radii * np.sin(phases)), -1)
+    high = pairs.astype(np.float16)
+    halves = np.zeros((2, 256, 2), np.float16)
+    halves[:, : len(code)] = np.stack((high, (pairs - high).astype(np.float16)))
+    return torch.from_numpy(halves.view(np.int32)[..., 0].copy())
 
 
 @lru_cache(maxsize=64)
@@ -361,8 +369,13 @@ def _tree_tables(
         place = column % blocks
         column = column - place + place // (blocks // 4) + place % (blocks // 4) * 4
     matrix = matrix[column].T if encode else matrix[column]
+    return _parts(np.ascontiguousarray(matrix), device), _cosines(codec, head_dim).to(device)
+
+
+def _cosines(codec: Recursive, head_dim: int) -> Tensor:
+    """Returns cosines of the angles of all levels, fp32 [levels, ENTRIES]."""
     bits = codec.level_bits(head_dim)
     cosines = torch.zeros((len(bits), _ENTRIES), dtype=torch.float32)
     for level, width in enumerate(bits, start=1):
         cosines[level - 1, : 1 << width] = torch.tensor(centroids(level, width)).cos()
-    return _parts(np.ascontiguousarray(matrix), device), cosines.to(device)
+    return cosines

@@ -10,7 +10,7 @@ memory as `Order` says (`_tree_order` in kernels/layout.py).
 import triton
 import triton.language as tl
 
-from polarcache.kernels.gpu.rotate import beside, halves, look_up
+from polarcache.kernels.gpu.rotate import beside, halves, load_table, look_up
 from polarcache.kernels.gpu.words import whole
 
 # Entries of each level in tables of all levels.
@@ -56,7 +56,8 @@ def next_codes(
     first,
     second,
     products,
-    cosines,
+    cosines_ptr,
+    COSINES: tl.constexpr,
     TANGENTS: tl.constexpr,
     LEVEL: tl.constexpr,
     BITS: tl.constexpr,
@@ -67,7 +68,7 @@ def next_codes(
     Args:
         first, second: squares of radii, fp32 [M, N].
         products: of both halves, fp32 [M, 2 N]; read with DEEP.
-        cosines: of the level's angles, fp32 [2**BITS].
+        cosines_ptr, COSINES: as for turn_of.
         TANGENTS: squared tangents of the angles between codes, ENTRIES for each level.
         LEVEL: 1 for the second level.
 
@@ -78,9 +79,7 @@ def next_codes(
     codes = bisected(second, first, TANGENTS, ENTRIES * LEVEL, BITS)
     if DEEP:
         product_1, product_2 = halves(products)
-        # Angles lie symmetrically about pi/4: the sine is the cosine of the mirrored code.
-        cosine = look_up(cosines, codes)
-        sine = look_up(cosines, (1 << BITS) - 1 - codes)
+        cosine, sine = turn_of(codes, cosines_ptr, COSINES, LEVEL, BITS)
         products = cosine * product_1 + sine * product_2
     return codes, products
 
@@ -272,21 +271,46 @@ def log_radii(codes):
 
 
 @triton.jit
-def expanded_first(radii, codes):
-    """Returns both channels of pairs of level 1, fp32 [M, 2 N], of codes int32 [M, N]."""
-    backwards = (codes & 4) != 0
-    sector = tl.where(backwards, codes ^ 7, codes) & 3
-    odd, upper = (sector & 1) != 0, (sector & 2) != 0
-    cosine = tl.where(upper, tl.where(odd, _COS_3, _COS_2), tl.where(odd, _COS_1, _COS_0))
-    sine = tl.where(upper, tl.where(odd, _COS_0, _COS_1), tl.where(odd, _COS_2, _COS_3))
-    below = (codes & 8) != 0
-    x, y = radii * cosine, radii * sine
-    return beside(tl.where(backwards != below, -x, x), tl.where(below, -y, y))
+def expanded_first(radii, codes, cosines_ptr):
+    """Returns both channels of pairs of level 1, fp32 [M, 2 N], of codes int32 [M, N].
+
+    cosines_ptr: as for turn_of; a quarter of a turn, 4 codes, makes a sine.
+    """
+    cosines = load_table(cosines_ptr, ENTRIES)
+    sines = tl.load(cosines_ptr + (tl.arange(0, ENTRIES) + 12) % ENTRIES)
+    return beside(radii * look_up(cosines, codes), radii * look_up(sines, codes))
 
 
 @triton.jit
-def expanded(radii, codes, cosines, BITS: tl.constexpr):
+def turn_of(
+    codes, cosines_ptr, COSINES: tl.constexpr, LEVEL: tl.constexpr, BITS: tl.constexpr
+):
+    """Returns cosine and sine, fp32, of codes above level 1.
+
+    Args:
+        cosines_ptr: fp32 [levels, ENTRIES], cosines of the angles of codes.
+        COSINES: the same numbers; choosing among four is cheaper than looking them up.
+        LEVEL: 1 for the second level.
+
+    Angles lie symmetrically about pi/4: the sine is the cosine of the mirrored code.
+    """
+    FIRST: tl.constexpr = ENTRIES * LEVEL
+    if BITS == 2:
+        odd, upper = (codes & 1) != 0, (codes & 2) != 0
+        outer = odd == upper
+        large = tl.where(outer, COSINES[FIRST], COSINES[FIRST + 1])
+        small = tl.where(outer, COSINES[FIRST + 3], COSINES[FIRST + 2])
+        return tl.where(upper, small, large), tl.where(upper, large, small)
+    else:
+        cosine = look_up(load_table(cosines_ptr + FIRST, 1 << BITS), codes)
+        # No angle is near 0 or pi/2.
+        return cosine, tl.sqrt(1.0 - cosine * cosine)
+
+
+@triton.jit
+def expanded(
+    radii, codes, cosines_ptr, COSINES: tl.constexpr, LEVEL: tl.constexpr, BITS: tl.constexpr
+):
     """Returns radii of both halves, fp32 [M, 2 N], of codes int32 [M, N] of a level above 1."""
-    cosine = look_up(cosines, codes)
-    sine = look_up(cosines, (1 << BITS) - 1 - codes)
+    cosine, sine = turn_of(codes, cosines_ptr, COSINES, LEVEL, BITS)
     return beside(radii * cosine, radii * sine)

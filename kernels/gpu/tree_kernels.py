@@ -28,6 +28,7 @@ def encode_trees(
     ITEMS: tl.constexpr,
     ROWS: tl.constexpr,
     BITS: tl.constexpr,
+    COSINES: tl.constexpr,
     TANGENTS: tl.constexpr,
     FORM: tl.constexpr,
     CENTRED: tl.constexpr,
@@ -80,9 +81,8 @@ def encode_trees(
                 products = tree.by_column(products, ORDER)  # of `deep`, the only one of 5 levels
             first, second = rotate.halves(square)
             codes, products = tree.next_codes(
-                first, second, products,
-                rotate.load_table(cosines_ptr + tree.ENTRIES * index, 1 << BITS[index]),
-                TANGENTS, index, BITS[index], DEEP,
+                first, second, products, cosines_ptr,
+                COSINES, TANGENTS, index, BITS[index], DEEP,
             )  # fmt: skip
             square = first + second
             _store_level(slice_ptr, first_row, codes, D, index, BITS, ORDER, FIELDS)
@@ -142,6 +142,7 @@ def decode_trees(
     ITEMS: tl.constexpr,
     ROWS: tl.constexpr,
     BITS: tl.constexpr,
+    COSINES: tl.constexpr,
     FORM: tl.constexpr,
     CENTRED: tl.constexpr,
     ORDER: tl.constexpr,
@@ -175,12 +176,11 @@ def decode_trees(
             if LEVELS - back == 3 and LEVELS > 4:
                 radii = tree.by_lane(radii, ORDER)
             codes = _load_level(slice_ptr, first_row, D, ROWS, LEVELS - back, BITS, ORDER, FIELDS)
-            cosines = rotate.load_table(
-                cosines_ptr + tree.ENTRIES * (LEVELS - back), 1 << BITS[LEVELS - back]
+            radii = tree.expanded(
+                radii, codes, cosines_ptr, COSINES, LEVELS - back, BITS[LEVELS - back]
             )
-            radii = tree.expanded(radii, codes, cosines, BITS[LEVELS - back])
         codes = _load_level(slice_ptr, first_row, D, ROWS, 0, BITS, ORDER, FIELDS)
-        numbers = tree.expanded_first(radii, codes)
+        numbers = tree.expanded_first(radii, codes, cosines_ptr)
         x_high, x_low = rotate.split_scaled(numbers, LOW)
         numbers = rotate.product(x_high, x_low, high, low, LOW, 2 if LOW else 1)
         numbers = numbers * (inverse * SCALE)
@@ -190,7 +190,8 @@ def decode_trees(
             at = (slice_ptr + FIELDS[LEVELS + 2]).to(tl.pointer_type(tl.float16))
             scale = tl.load(at + first_row // T).to(tl.float32)
             at = slice_ptr + FIELDS[LEVELS + 1] + first_row // T * D + channel[None, :]
-            numbers += centre.load_mean(at, known, scale)
+            mean = centre.load_mean(at, known, scale)
+            numbers += rotate.spread_columns(mean)
             bound += scale
         rows = rotate.head_rows(slots_ptr, slice_index, row, stride_n, stride_t, stride_h, T)
         rotate.store_rows(out_ptr, rows, numbers, bound, known)

@@ -12,7 +12,7 @@ import triton.language as tl
 from polarcache.kernels.gpu.pair_encode import HALF, TAU, polar
 from polarcache.kernels.gpu.rotate import look_up
 from polarcache.kernels.gpu.tree import bisected
-from polarcache.kernels.gpu.words import ROUNDER, ROUNDER_BITS, store_words
+from polarcache.kernels.gpu.words import ROUNDER, ROUNDER_BITS, load_words, store_words, turned
 
 # The square of a pair of zeros is 1e-37 in `polar`; a row of zeros has none of its own.
 _NOTHING = tl.constexpr(1e-34)
@@ -113,8 +113,7 @@ def _store(codes_ptr, words, D: tl.constexpr, BITS: tl.constexpr, TILES: tl.cons
     STEPS: tl.constexpr = words.shape[2]
     if BITS == 8 and TILES == 1 and STEPS * 16 == D and STEPS % 4 == 0:
         # [tile, chunk, g, c, word of the chunk] is the order in memory.
-        turned = (words << 2) | ((words >> 30) & 3)
-        lanes = tl.reshape(turned, [R // 8, 8, STEPS // 4, 4, 4])
+        lanes = tl.reshape(turned(words, 2), [R // 8, 8, STEPS // 4, 4, 4])
         lanes = tl.reshape(tl.permute(lanes, (0, 2, 1, 4, 3)), [R * 4 * STEPS])
         tl.store(codes_ptr + tl.arange(0, R * 4 * STEPS), lanes)
     else:
@@ -125,19 +124,34 @@ def _store(codes_ptr, words, D: tl.constexpr, BITS: tl.constexpr, TILES: tl.cons
 
 
 @triton.jit
-def pairs_of_words(words, radii, cosines, sines, R_BITS: tl.constexpr, T_BITS: tl.constexpr):
-    """Returns both channels of the pairs of words, fp32 [R, C, 2, 2] in units of the gain.
+def pairs_of_words(words, table):
+    """Looks up both channels of the pairs of words, fp16 [R, C, 2, 2], by one table of all codes.
 
     Args:
         words: int32 [M / 2, 4 steps], one code a byte, as load_words returns them; the last axes
             are, of keys, pair + 4 and token + 8, of values token + 8 and token + 1.
-        radii: of the codes, fp32 [2**R_BITS].
-        cosines, sines: of the phases, fp32 [2**T_BITS].
+        table: int32 [256], first channel of a code in the low half.
     """
-    codes = tl.join(tl.join(words, words >> 16), tl.join(words >> 8, words >> 24))
-    angle_code = codes & ((1 << T_BITS) - 1)
-    radius = look_up(radii, (codes >> T_BITS) & ((1 << R_BITS) - 1))
-    return radius * look_up(cosines, angle_code), radius * look_up(sines, angle_code)
+    codes = tl.join(tl.join(words, words >> 16), tl.join(words >> 8, words >> 24)) & 0xFF
+    both = look_up(table, codes)
+    first = both.to(tl.int16).to(tl.float16, bitcast=True)
+    second = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    return first, second
+
+
+@triton.jit
+def load_lanes(codes_ptr, R: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr):
+    """Loads words [R, 4 steps], one code a byte, of whole units of all steps of one head."""
+    STEPS: tl.constexpr = triton.next_power_of_2(D // 16)
+    if BITS == 8 and TILES == 1 and STEPS * 16 == D and STEPS % 4 == 0:
+        # As the lanes of the tensor cores hold them: 16 bytes a thread, and no exchange for keys.
+        lanes = tl.load(codes_ptr + tl.arange(0, R * 4 * STEPS))
+        lanes = tl.reshape(lanes, [R // 8, STEPS // 4, 8, 4, 4])
+        lanes = tl.permute(turned(lanes, 30), (0, 2, 1, 4, 3))
+        return tl.reshape(lanes, [R, 4 * STEPS])
+    else:
+        step = tl.minimum(tl.arange(0, 4 * STEPS) // 4, D // 16 - 1)
+        return load_words(codes_ptr, step, R, D, BITS, TILES)
 
 
 @triton.jit

@@ -32,7 +32,7 @@ POINTERS = {
     "matrix_ptr": "*fp16",
     "cosines_ptr": "*fp32",
     "radius_ptr": "*fp32",
-    "turn_ptr": "*fp32",
+    "table_ptr": "*i32",
 }
 
 
@@ -58,7 +58,8 @@ def compiled(
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = pointers.get(name, f"*{dtype}" if name.endswith("_ptr") else "i64")
+        number = "i32" if name == "num_slices" else "i64"
+        signature[name] = pointers.get(name, f"*{dtype}" if name.endswith("_ptr") else number)
         attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(
         kernel, signature, {n: constants[n] for n in kernel.arg_names if n in constants}, attributes
