@@ -195,7 +195,9 @@ class Codec:
             # Imported here, so that the CPU path needs no Triton.
             from polarcache.kernels.gpu.launch import Plan
 
-            self._plan = Plan.of(self.profile, self.shape, self.layout)
+            device = torch.cuda.get_device_properties(packed.device)
+            shared_bytes = device.shared_memory_per_block_optin
+            self._plan = Plan.of(self.profile, self.shape, self.layout, shared_bytes)
         return self._plan
 
     def _exact_or_kernels(self, packed: Tensor) -> bool:

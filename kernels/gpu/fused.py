@@ -137,7 +137,7 @@ def _key_constants(
     """
     codec = profile.key
     if isinstance(codec, Pair):
-        bits, arc, names = codec.bits, codec.angle_range, ("parameters", "parameters")
+        bits, arc, names = codec.bits, str(codec.angle_range), ("parameters", "parameters")
     elif isinstance(codec, ArcPair) and not codec.tiers:
         bits, arc, names = codec.radius_bits + codec.angle_bits, "arc2", ("radii", "arcs")
     else:

@@ -11,6 +11,9 @@ from polarcache.kernels.gpu.rotated import RotatedPlan
 from polarcache.kernels.layout import BlockShape, PackedLayout
 from polarcache.kernels.profile import Profile
 
+# What an A100 has, and GPUs of data centres since.
+ROTATED_SHARED_BYTES = 160 * 1024
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -25,7 +28,13 @@ class Plan:
     rotated: Sequence[RotatedPlan]
 
     @classmethod
-    def of(cls, profile: Profile, shape: BlockShape, layout: PackedLayout) -> Self | None:
+    def of(
+        cls,
+        profile: Profile,
+        shape: BlockShape,
+        layout: PackedLayout,
+        shared_bytes: int = ROTATED_SHARED_BYTES,
+    ) -> Self | None:
         """Returns the plan, or None where no side has a kernel.
 
         Exact sides are copied beside the kernels. What is left (fitted codebooks, blocks that do
@@ -35,10 +44,14 @@ class Plan:
             profile: how keys and values are coded.
             shape: shape of one layer of one block.
             layout: where the bytes of a packed slice lie.
+            shared_bytes: shared memory that a program can have; kernels of rotated sides hold a
+                matrix there and need ROTATED_SHARED_BYTES.
         """
         fused = FusedPlan.of(profile, shape, layout)
         both = (RotatedPlan.of(profile, shape, layout, side) for side in ("key", "value"))
         rotated = tuple(plan for plan in both if plan is not None)
+        if shared_bytes < ROTATED_SHARED_BYTES:
+            rotated = ()
         return cls(fused, rotated) if fused is not None or rotated else None
 
     @property

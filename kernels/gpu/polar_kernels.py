@@ -32,8 +32,7 @@ def encode_values(
     T_BITS: tl.constexpr,
     BOUNDS: tl.constexpr,
     TILES: tl.constexpr,
-    CODES: tl.constexpr,
-    GAINS: tl.constexpr,
+    FIELDS: tl.constexpr,
     PARTS: tl.constexpr,
     SCALE: tl.constexpr,
     STAGES: tl.constexpr,
@@ -43,8 +42,9 @@ def encode_values(
     Grid: any number of programs.
     Reads: x fp16, bf16 or fp32 [N, T, H, D], last dim contiguous; or, where slots_ptr int64 [N, T]
     names the rows, [rows, H, D]. matrix fp16 [PARTS, K, K], K the power of two
-    not below D, columns the first channels of mixed pairs, then the second.
-    Writes: codes and gains at bytes CODES and GAINS of out uint8 [N, slice_bytes], every byte
+    not below D, columns the first channels of mixed pairs, then the second. radii fp32
+    [2**R_BITS], radii of codes.
+    Writes: codes and gains at bytes FIELDS of out uint8 [N, slice_bytes], every byte
     once; flags int32 [N], 1 where a gain does not fit fp16.
     Reference: kernels/polar/universal.py.
     """
@@ -59,10 +59,8 @@ def encode_values(
         row = item % ITEMS * ROWS + tl.arange(0, ROWS)
         rows = rotate.head_rows(slots_ptr, slice_index, row, stride_n, stride_t, stride_h, T)
         at = x_ptr + rows[:, None] + channel[None, :]
-        if K == D:
-            x = tl.load(at)
-        else:
-            x = tl.load(at, mask=(channel < D)[None, :], other=0.0)
+        # Without a mask where none is needed: loads ahead go to shared memory at once.
+        x = tl.load(at) if K == D else tl.load(at, mask=(channel < D)[None, :], other=0.0)
         x_high, x_low, inverse = rotate.split_rows(x)
         mixed = rotate.product(x_high, x_low, high, low, x.dtype == tl.float32, PARTS)
         first, second = rotate.halves(mixed)
@@ -72,12 +70,12 @@ def encode_values(
         )
         slice_ptr = out_ptr + slice_index * stride_out_n
         first_row = item % ITEMS * ROWS
-        codes_ptr = slice_ptr + CODES + first_row * (D // 16 * (R_BITS + T_BITS))
+        codes_ptr = slice_ptr + FIELDS[0] + first_row * (D // 16 * (R_BITS + T_BITS))
         universal.store_value_codes(
             codes_ptr.to(tl.pointer_type(tl.int32)), codes, D, R_BITS + T_BITS, TILES
         )
         gains = (gains * (inverse * SCALE)).to(tl.float16)
-        at = (slice_ptr + GAINS).to(tl.pointer_type(tl.float16)) + row[:, None]
+        at = (slice_ptr + FIELDS[1]).to(tl.pointer_type(tl.float16)) + row[:, None]
         tl.store(at, gains)
         rotate.refuse(flags_ptr + slice_index, gains.to(tl.float32) <= rotate.FP16_MAX)
 
@@ -101,6 +99,7 @@ def encode_keys(
     ROTARY: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     ITEMS: tl.constexpr,
+    ROWS: tl.constexpr,
     R_BITS: tl.constexpr,
     T_BITS: tl.constexpr,
     BOUNDS: tl.constexpr,
@@ -108,12 +107,13 @@ def encode_keys(
     FIELDS: tl.constexpr,
     PARTS: tl.constexpr,
     SCALE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Encodes keys.
 
     Grid: any number of programs; an item is one head of one slice, T a power of two.
-    Reads: as encode_values; radii as there; matrix fp16 [2, PARTS, P, 2 P], for the first channels of pairs and
-    for the second; query fp32 [N, H, D / 2], energies of queries, or None.
+    Reads: x and radii as encode_values; matrix fp16 [2, PARTS, P, 2 P], for the first channels of
+    pairs and for the second; query fp32 [N, H, D / 2], energies of queries, or None.
     Writes: the fields at bytes FIELDS: means, scales, balance, codes, gains.
     Reference: kernels/polar/centre.py, kernels/polar/universal.py.
     """
@@ -128,7 +128,7 @@ def encode_keys(
         real = tl.minimum(pair, D // 2 - 1)
     channel_1, channel_2 = pair_channels(real, D, ROTARY, INTERLEAVED)
     turns = rotate.turns(num_slices * ITEMS)
-    for turn in tl.range(0, turns, num_stages=1):
+    for turn in tl.range(0, turns, num_stages=STAGES):
         item = tl.program_id(0) + turn * tl.num_programs(0)
         slice_index = (item // ITEMS).to(tl.int64)
         head = item % ITEMS
@@ -206,6 +206,7 @@ def decode_rows(
     FIELDS: tl.constexpr,
     PARTS: tl.constexpr,
     SCALE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Decodes keys or values.
 
@@ -231,7 +232,7 @@ def decode_rows(
     CODES: tl.constexpr = FIELDS[3] if KEY else FIELDS[0]
     GAINS: tl.constexpr = FIELDS[4] if KEY else FIELDS[1]
     turns = rotate.turns(num_slices * ITEMS)
-    for turn in tl.range(0, turns, num_stages=1):
+    for turn in tl.range(0, turns, num_stages=STAGES):
         item = tl.program_id(0) + turn * tl.num_programs(0)
         slice_index = (item // ITEMS).to(tl.int64)
         first_row = item % ITEMS * ROWS

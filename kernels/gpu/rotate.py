@@ -55,9 +55,8 @@ def split_rows(x):
 def product(high, low, matrix_high, matrix_low, LOW: tl.constexpr, PARTS: tl.constexpr):
     """Returns [M, K] times [K, N] in fp32.
 
-    Args:
-        low: counts with LOW.
-        matrix_low: counts where PARTS is 2; low times low is left out.
+    The low part of rows counts with LOW, that of the matrix where PARTS is 2; low times low is
+    left out.
     """
     numbers = tl.zeros([high.shape[0], matrix_high.shape[1]], tl.float32)
     return add_product(numbers, high, low, matrix_high, matrix_low, LOW, PARTS)
@@ -101,7 +100,7 @@ def look_up(table, codes):
 
 @triton.jit
 def spread_columns(numbers):
-    """Returns [1, N] as it is, by shared memory, so that each thread computes few of its columns."""
+    """Returns [1, N] by shared memory, so that no thread computes all the columns it uses."""
     N: tl.constexpr = numbers.shape[1]
     return look_up(tl.reshape(numbers, [N]), tl.arange(0, N))[None, :]
 
@@ -147,15 +146,13 @@ def head_rows(slots_ptr, slice_index, row, stride_n, stride_t, stride_h, T: tl.c
 
 @triton.jit
 def store_rows(out_ptr, rows, numbers, bound, ok):
-    """Stores fp32 [M, N] in the dtype of out_ptr, saturating to fp16.
+    """Stores fp32 [M, N] in the dtype of out_ptr, saturating to fp16, where ok, bool [1, N].
 
-    Args:
-        bound: fp32 of any shape, no number is larger than the largest of it.
-        ok: columns to store, bool [1, N].
+    No number is larger than the largest of bound, fp32 of any shape.
     """
     dtype = out_ptr.dtype.element_ty
     at = out_ptr + rows[:, None] + tl.arange(0, numbers.shape[1])[None, :]
-    if dtype == tl.float16:
+    if dtype == tl.float16:  # noqa: SIM102, a condition of the compiler
         # Two instructions a number, rarely needed.
         if tl.max(tl.reshape(bound, [bound.numel]), 0) > FP16_MAX:
             numbers = tl.clamp(numbers, -FP16_MAX, FP16_MAX)

@@ -3,36 +3,65 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import pairwise
 from typing import Any, Self
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from polarcache.kernels.gpu import polar_kernels, tree, tree_kernels
+from polarcache.kernels.gpu import polar_kernels, tree_kernels
+from polarcache.kernels.gpu.tables import (
+    MATRIX_SCALE,
+    key_mixing,
+    level_cosines,
+    polar_decoder_tables,
+    tree_tables,
+    value_mixing,
+)
 from polarcache.kernels.layout import TILE_TOKENS, BlockShape, Field, PackedLayout
 from polarcache.kernels.options import Polar, Recursive
 from polarcache.kernels.polar.codebook import centroids, rayleigh_points
-from polarcache.kernels.polar.rotation import mixing, rotation
 from polarcache.kernels.profile import Profile
 
-# Rows of a program, and warps for so many numbers of them.
-_MAX_ROWS = 128
+_MAX_ROWS = 256
+_MAX_WARPS = 16
 _NUMBERS_PER_WARP = 2048
 # Numbers of a head's tokens that a program can hold, for keys whose means are taken off.
-_MAX_HEAD_NUMBERS = 32768
+_MAX_POLAR_NUMBERS = 32768
+_MAX_TREE_NUMBERS = 16384
 # Matrices, in two parts where entries are not whole, must fit shared memory beside the rows.
-_KEY_DIMS = tuple(range(32, 129, 16))
-_VALUE_DIMS = (*_KEY_DIMS, 256)
+_POLAR_DIMS = tuple(range(32, 129, 16))
 _TREE_DIMS = (32, 64, 128)
-_MATRIX_SCALE = 256
-_ENTRIES = tree.ENTRIES.value
 
-_Floats = npt.NDArray[np.float64]
 _Tables = Callable[[torch.device], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """Constants of one kernel that change its speed alone.
+
+    Attributes:
+        rows: rows of an item.
+        programs: programs on each multiprocessor.
+        stages: items whose loads are under way, the one at work included.
+        registers: at most so many a thread; 0 for no limit.
+    """
+
+    rows: int
+    programs: int
+    stages: int = 1
+    registers: int = 128
+
+
+# Best of 64 and 128 rows, 1 to 4 programs, 1 to 3 stages, 128 registers or no limit (H200,
+# 2026-11-24, D 128); with 128 registers two programs of 8 warps share a multiprocessor.
+_VALUE_ENCODER = Tuning(rows=64, programs=2, stages=3, registers=0)
+_KEY_ENCODER = Tuning(rows=128, programs=2)
+_POLAR_DECODER = Tuning(rows=128, programs=2)
+_TREE_ENCODER = Tuning(rows=128, programs=2)
+_DEEP_ENCODER = Tuning(rows=64, programs=2, registers=0)
+_TREE_DECODER = Tuning(rows=64, programs=4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +74,15 @@ class Launch:
         tables: returns its tensors of matrices and tables on a device.
         num_warps: warps of a program.
         programs: programs on each multiprocessor.
+        registers: at most so many a thread; 0 for no limit.
     """
 
     kernel: Any
     constants: Mapping[str, Any]
     tables: _Tables
     num_warps: int
-    programs: int = 2
+    programs: int
+    registers: int = 0
 
     def __call__(self, num_slices: int, device: torch.device, *arguments: object) -> None:
         """Launches as many programs as the device runs at a time, at most one an item.
@@ -69,9 +100,10 @@ class Launch:
         programs = min(num_slices * self.constants["ITEMS"], processors * self.programs)
         tensors = [item for item in arguments if not isinstance(item, int)]
         strides = [item for item in arguments if isinstance(item, int)]
+        options = {"maxnreg": self.registers} if self.registers else {}
         self.kernel[(programs,)](
             *tensors, *self.tables(device), num_slices, *strides,
-            **self.constants, num_warps=self.num_warps,
+            **self.constants, num_warps=self.num_warps, **options,
         )  # fmt: skip
 
 
@@ -92,7 +124,9 @@ class RotatedPlan:
     decoder: Launch
 
     @classmethod
-    def of(cls, profile: Profile, shape: BlockShape, layout: PackedLayout, side: str) -> Self | None:
+    def of(
+        cls, profile: Profile, shape: BlockShape, layout: PackedLayout, side: str
+    ) -> Self | None:
         """Returns the plan of a side, or None where it has no kernel.
 
         Args:
@@ -113,9 +147,10 @@ class RotatedPlan:
             launches = _tree_launches(codec, shape, fields, side)
         else:
             return None
-        if launches is None:
+        encoder, decoder = launches
+        if encoder is None or decoder is None:
             return None
-        return cls(side, side == "key" and isinstance(codec, Polar), *launches)
+        return cls(side, side == "key" and isinstance(codec, Polar), encoder, decoder)
 
     def encode(
         self, x: Tensor, slots: Tensor | None, query: Tensor | None, out: Tensor, flags: Tensor
@@ -145,44 +180,65 @@ def row_strides(tensor: Tensor) -> tuple[int, int, int]:
     return strides[0] if tensor.dim() == 4 else 0, strides[-3], strides[-2]
 
 
-def _items(shape: BlockShape, head_dim: int, *, whole_heads: bool) -> tuple[int, int] | None:
-    """Returns items of a slice and rows of an item, None where a program cannot hold them."""
-    if whole_heads:
-        tokens = shape.tokens
-        if tokens & (tokens - 1) or tokens < TILE_TOKENS or tokens * head_dim > _MAX_HEAD_NUMBERS:
-            return None
-        return shape.kv_heads, tokens
+def _whole_heads(shape: BlockShape, most_numbers: int) -> bool:
+    """Returns whether a program can hold all tokens of a key head."""
+    tokens = shape.tokens
+    powers = tokens & (tokens - 1) == 0
+    return powers and tokens >= TILE_TOKENS and tokens * shape.head_dim <= most_numbers
+
+
+def _launch(
+    kernel: object,
+    constants: Mapping[str, Any],
+    tables: _Tables,
+    shape: BlockShape,
+    tuning: Tuning,
+    least_rows: int,
+    most_rows: int,
+) -> Launch | None:
+    """Returns a launch, or None where rows of all heads do not fill items of `least_rows`.
+
+    Args:
+        kernel: the Triton kernel.
+        constants: all but ITEMS, ROWS and STAGES; D is the head's channels.
+        tables: returns its tables on a device.
+        shape: shape of one layer of one block.
+        tuning: rows and what else changes speed alone.
+        least_rows: a power of two.
+        most_rows: likewise; the tokens of a head where an item may hold no more.
+    """
     total = shape.kv_heads * shape.tokens
-    rows = min(total & -total, _MAX_ROWS * 128 // max(128, head_dim))
-    return None if rows < TILE_TOKENS else (total // rows, rows)
-
-
-def _warps(rows: int, head_dim: int) -> int:
-    """Returns warps of a program, a power of two."""
+    rows = min(max(least_rows, tuning.rows), most_rows, total & -total)
+    if rows < least_rows:
+        return None
     warps = 1
-    while warps < 16 and warps * _NUMBERS_PER_WARP < rows * head_dim:
+    while warps < _MAX_WARPS and warps * _NUMBERS_PER_WARP < rows * constants["D"]:
         warps *= 2
-    return warps
+    items = {"ITEMS": total // rows, "ROWS": rows, "STAGES": tuning.stages}
+    return Launch(kernel, {**constants, **items}, tables, warps, tuning.programs, tuning.registers)
 
 
 def _polar_launches(
     codec: Polar, shape: BlockShape, fields: Mapping[str, Field], side: str
-) -> tuple[Launch, Launch] | None:
-    head_dim = shape.head_dim if side == "key" else shape.v_head_dim
+) -> tuple[Launch | None, Launch | None]:
+    is_key = side == "key"
+    head_dim = shape.head_dim if is_key else shape.v_head_dim
     order = fields["codes"].order
-    items = _items(shape, head_dim, whole_heads=side == "key")
-    dims = _KEY_DIMS if side == "key" else _VALUE_DIMS
-    if order.streams == 1 or items is None or head_dim not in dims:
-        return None
+    if order.streams == 1 or head_dim not in _POLAR_DIMS:
+        return None, None
+    if is_key and not _whole_heads(shape, _MAX_POLAR_NUMBERS):
+        return None, None
     points = rayleigh_points(codec.radius_bits)
     whole = head_dim & (head_dim - 1) == 0
+    tiles = order.stream_codes // (head_dim // 16)
+    names = ("means", "scales", "balance", "codes", "gains") if is_key else ("codes", "gains")
     common = {
         "T": shape.tokens,
         "D": head_dim,
-        "ITEMS": items[0],
-        "TILES": order.stream_codes // (head_dim // 16),
+        "TILES": tiles,
+        "FIELDS": tuple(fields[name].offset for name in names),
         "PARTS": 1 if whole else 2,
-        "SCALE": head_dim**-0.5 if whole else 1 / _MATRIX_SCALE,
+        "SCALE": head_dim**-0.5 if whole else 1 / MATRIX_SCALE,
     }
     pairing = {"ROTARY": shape.rotary_dim, "INTERLEAVED": shape.pairing == "interleaved"}
     codes = {
@@ -190,192 +246,63 @@ def _polar_launches(
         "T_BITS": codec.angle_bits,
         "BOUNDS": tuple(((low + high) / 2) ** 2 for low, high in pairwise(points)),
     }
-    names = ("codes", "gains")
-    if side == "key":
-        names = ("means", "scales", "balance", "codes", "gains")
-    offsets = tuple(fields[name].offset for name in names)
-    warps = _warps(items[1], head_dim)
-    decoder = Launch(
-        polar_kernels.decode_rows,
-        {**common, **pairing, "KEY": side == "key", "ROWS": items[1], "FIELDS": offsets,
-         "BITS": codec.bits},
-        partial(_polar_decoder_tables, codec, head_dim, side),
-        warps,
-    )  # fmt: skip
-    if side == "key":
-        encoder = Launch(
-            polar_kernels.encode_keys,
-            {**common, **pairing, **codes, "FIELDS": offsets},
-            partial(_key_mixing, codec, shape),
-            warps,
-        )
-    else:
-        encoder = Launch(
-            polar_kernels.encode_values,
-            {**common, **codes, "ROWS": items[1], "CODES": offsets[0], "GAINS": offsets[1],
-             "STAGES": 2},
-            partial(_value_mixing, codec, head_dim),
-            warps,
+    least = TILE_TOKENS * tiles
+    most = shape.tokens if is_key else _MAX_ROWS
+    if is_key:
+        encoder = _launch(
+            polar_kernels.encode_keys, {**common, **pairing, **codes},
+            partial(key_mixing, codec, shape), shape, _KEY_ENCODER, shape.tokens, most,
         )  # fmt: skip
+    else:
+        encoder = _launch(
+            polar_kernels.encode_values, {**common, **codes},
+            partial(value_mixing, codec, head_dim), shape, _VALUE_ENCODER, least, most,
+        )  # fmt: skip
+    decoder = _launch(
+        polar_kernels.decode_rows, {**common, **pairing, "KEY": is_key, "BITS": codec.bits},
+        partial(polar_decoder_tables, codec, head_dim, side), shape, _POLAR_DECODER, least, most,
+    )  # fmt: skip
     return encoder, decoder
 
 
 def _tree_launches(
     codec: Recursive, shape: BlockShape, fields: Mapping[str, Field], side: str
-) -> tuple[Launch, Launch] | None:
+) -> tuple[Launch | None, Launch | None]:
     head_dim = shape.head_dim if side == "key" else shape.v_head_dim
-    centred = side == "key" and codec.form == "deep"
-    items = _items(shape, head_dim, whole_heads=centred)
-    if items is None or head_dim not in _TREE_DIMS:
-        return None
+    deep = codec.form == "deep"
+    centred = deep and side == "key"
+    if head_dim not in _TREE_DIMS or (centred and not _whole_heads(shape, _MAX_TREE_NUMBERS)):
+        return None, None
     bits = codec.level_bits(head_dim)
-    blocks = head_dim // 16
-    in_lanes = shape.tokens % TILE_TOKENS == 0 and blocks % (4 if side == "key" else 8) == 0
+    in_lanes = shape.tokens % TILE_TOKENS == 0 and head_dim // 16 % (4 if side == "key" else 8) == 0
     names = [f"level{level}" for level in range(1, 1 + len(bits))] + ["radii"]
     names += ["means", "scales"] if centred else []
+    order = side if in_lanes else "rows"
+    cosines = level_cosines(codec, head_dim)
     common = {
         "T": shape.tokens,
         "D": head_dim,
-        "ITEMS": items[0],
-        "ROWS": items[1],
         "BITS": bits,
+        "COSINES": tuple(cosines.flatten().tolist()),
         "FORM": codec.form,
         "CENTRED": centred,
-        "ORDER": side if in_lanes else "rows",
+        "ORDER": order,
         "FIELDS": tuple(fields[name].offset for name in names),
-        "SCALE": 1 / _MATRIX_SCALE,
+        "SCALE": 1 / MATRIX_SCALE,
     }
-    cosines = _cosines(codec, head_dim).flatten().tolist()
-    tangents = [0.0] * len(cosines)
+    tangents = [0.0] * cosines.numel()
     for level, width in enumerate(bits[1:], start=2):
         for index, (low, high) in enumerate(pairwise(centroids(level, width))):
-            tangents[_ENTRIES * (level - 1) + index] = math.tan((low + high) / 2) ** 2
-    by_lane = common["ORDER"] == "key"
-    warps = _warps(items[1], head_dim)
-    encoder = Launch(
-        tree_kernels.encode_trees,
-        {**common, "COSINES": tuple(cosines), "TANGENTS": tuple(tangents), "STAGES": 1},
-        partial(_tree_tables, codec, head_dim, by_lane, True),
-        warps,
-    )
-    decoder = Launch(
-        tree_kernels.decode_trees,
-        {**common, "COSINES": tuple(cosines)},
-        partial(_tree_tables, codec, head_dim, by_lane, False),
-        warps,
-    )
+            tangents[cosines.shape[1] * (level - 1) + index] = math.tan((low + high) / 2) ** 2
+    most = shape.tokens if centred else _MAX_ROWS
+    encoder = _launch(
+        tree_kernels.encode_trees, {**common, "TANGENTS": tuple(tangents)},
+        partial(tree_tables, codec, head_dim, order, "encode"), shape,
+        _DEEP_ENCODER if deep else _TREE_ENCODER, shape.tokens if centred else TILE_TOKENS, most,
+    )  # fmt: skip
+    decoder = _launch(
+        tree_kernels.decode_trees, common,
+        partial(tree_tables, codec, head_dim, order, "decode"), shape,
+        _TREE_DECODER, TILE_TOKENS, most,
+    )  # fmt: skip
     return encoder, decoder
-
-
-def _parts(matrix: _Floats, device: torch.device) -> Tensor:
-    """Returns fp16 [2, ...]: what is nearest to MATRIX_SCALE times fp64 numbers, and the rest."""
-    scaled = matrix * _MATRIX_SCALE
-    high = scaled.astype(np.float16)
-    low = (scaled - high).astype(np.float16)
-    return torch.from_numpy(np.stack((high, low))).to(device)
-
-
-def _pair_columns(head_dim: int, side: str) -> npt.NDArray[np.int64]:
-    """Returns the pair of each column of a product; columns past the last step repeat it."""
-    columns = 1 << (head_dim // 2 - 1).bit_length()
-    column = np.arange(columns)
-    place = column % 8
-    if side == "key":
-        place = place // 2 + place % 2 * 4
-    return np.minimum(column // 8, head_dim // 16 - 1) * 8 + place
-
-
-def _mixing_parts(head_dim: int) -> _Floats:
-    """Returns the mixing matrix, fp64 [PARTS, D, D], in numbers that fp16 holds."""
-    matrix = mixing(head_dim, torch.device("cpu")).numpy().astype(np.float64)
-    if head_dim & (head_dim - 1) == 0:
-        return np.round(matrix * math.sqrt(head_dim))[np.newaxis]
-    return _parts(matrix, torch.device("cpu")).numpy().astype(np.float64)
-
-
-def _points(codec: Polar, device: torch.device) -> Tensor:
-    """Returns the radii of codes, fp32 [2**radius_bits], in units of the RMS channel."""
-    return torch.tensor(rayleigh_points(codec.radius_bits), dtype=torch.float32, device=device)
-
-
-@lru_cache(maxsize=16)
-def _value_mixing(codec: Polar, head_dim: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Returns what mixes values, fp16 [PARTS, K, K] padded with zeros, and radii of codes."""
-    pairs = _pair_columns(head_dim, "value")
-    columns = np.concatenate((pairs, pairs + head_dim // 2))
-    parts = _mixing_parts(head_dim)
-    padded = np.zeros((len(parts), len(columns), len(columns)))
-    padded[:, :head_dim] = parts[:, columns].swapaxes(1, 2)
-    return torch.from_numpy(padded).to(device, torch.float16), _points(codec, device)
-
-
-@lru_cache(maxsize=16)
-def _key_mixing(
-    codec: Polar, shape: BlockShape, device: torch.device
-) -> tuple[Tensor, ...]:
-    """Returns the same for the first and the second channels of keys: [2, PARTS, P, 2 P]."""
-    head_dim = shape.head_dim
-    pairs = _pair_columns(head_dim, "key")
-    columns = np.concatenate((pairs, pairs + head_dim // 2))
-    parts = _mixing_parts(head_dim)
-    channels = np.arange(head_dim)
-    padded = np.zeros((2, len(parts), len(pairs), len(columns)))
-    for of_pairs, first, second in shape.pair_channels():
-        for index, of_side in enumerate((first, second)):
-            mixed = parts[:, columns][:, :, channels[of_side]].swapaxes(1, 2)
-            padded[index, :, of_pairs] = mixed
-    return torch.from_numpy(padded).to(device, torch.float16), _points(codec, device)
-
-
-@lru_cache(maxsize=16)
-def _polar_decoder_tables(
-    codec: Polar, head_dim: int, side: str, device: torch.device
-) -> tuple[Tensor, ...]:
-    """Returns what unmixes, fp16 [2, PARTS, P, K], and both channels of all codes."""
-    pairs = _pair_columns(head_dim, side)
-    parts = _mixing_parts(head_dim)
-    size = 1 << (head_dim - 1).bit_length()
-    padded = np.zeros((2, len(parts), len(pairs), size))
-    real = head_dim // 2
-    for index in range(2):
-        padded[index, :, :real, :head_dim] = parts[:, pairs[:real] + index * real]
-    return torch.from_numpy(padded).to(device, torch.float16), _channels_of_codes(codec).to(device)
-
-
-def _channels_of_codes(codec: Polar) -> Tensor:
-    """Returns both channels of every code, int32 [2, 256]: halves nearest to them, and the rest."""
-    code = np.arange(1 << codec.bits)
-    phases = (code % (1 << codec.angle_bits) + 0.5) * (2 * np.pi / (1 << codec.angle_bits))
-    radii = np.array(rayleigh_points(codec.radius_bits))[code >> codec.angle_bits]
-    pairs = np.stack((radii * np.cos(phases), radii * np.sin(phases)), -1)
-    high = pairs.astype(np.float16)
-    halves = np.zeros((2, 256, 2), np.float16)
-    halves[:, : len(code)] = np.stack((high, (pairs - high).astype(np.float16)))
-    return torch.from_numpy(halves.view(np.int32)[..., 0].copy())
-
-
-@lru_cache(maxsize=64)
-def _tree_tables(
-    codec: Recursive, head_dim: int, by_lane: bool, encode: bool, device: torch.device
-) -> tuple[Tensor, ...]:
-    """Returns parts of the rotation, fp16 [2, D, D], and cosines of all levels, fp32 [levels, 16].
-
-    The encoder's columns and the decoder's rows are channels in the order of the kernel.
-    """
-    matrix = rotation(head_dim, codec.seed, torch.device("cpu")).numpy().astype(np.float64)
-    blocks = head_dim // 16
-    column = np.arange(head_dim)
-    if by_lane:
-        place = column % blocks
-        column = column - place + place // (blocks // 4) + place % (blocks // 4) * 4
-    matrix = matrix[column].T if encode else matrix[column]
-    return _parts(np.ascontiguousarray(matrix), device), _cosines(codec, head_dim).to(device)
-
-
-def _cosines(codec: Recursive, head_dim: int) -> Tensor:
-    """Returns cosines of the angles of all levels, fp32 [levels, ENTRIES]."""
-    bits = codec.level_bits(head_dim)
-    cosines = torch.zeros((len(bits), _ENTRIES), dtype=torch.float32)
-    for level, width in enumerate(bits, start=1):
-        cosines[level - 1, : 1 << width] = torch.tensor(centroids(level, width)).cos()
-    return cosines

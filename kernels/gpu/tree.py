@@ -30,7 +30,9 @@ def first_codes(x, y, DEEP: tl.constexpr):
     """Codes level 1.
 
     Args:
-        x, y: fp32, of one shape, the first and the second channel of each pair.
+        x: fp32, the first channel of each pair.
+        y: fp32 of that shape, the second.
+        DEEP: whether products are wanted.
 
     Returns:
         codes: int32, floor(16 angle / 2 pi).
@@ -66,11 +68,15 @@ def next_codes(
     """Codes a level above the first.
 
     Args:
-        first, second: squares of radii, fp32 [M, N].
+        first: squares of radii of first halves, fp32 [M, N].
+        second: likewise of second halves.
         products: of both halves, fp32 [M, 2 N]; read with DEEP.
-        cosines_ptr, COSINES: as for turn_of.
+        cosines_ptr: as for turn_of.
+        COSINES: as for turn_of.
         TANGENTS: squared tangents of the angles between codes, ENTRIES for each level.
         LEVEL: 1 for the second level.
+        BITS: bits of its codes.
+        DEEP: whether products are wanted.
 
     Returns:
         codes: int32 [M, N].
@@ -85,10 +91,11 @@ def next_codes(
 
 
 @triton.jit
-def bisected(
-    numbers, unit, BOUNDS: tl.constexpr, FIRST: tl.constexpr, BITS: tl.constexpr
-):
-    """Returns how many of 2**BITS - 1 rising BOUNDS from FIRST on, times unit, are below numbers; int32."""
+def bisected(numbers, unit, BOUNDS: tl.constexpr, FIRST: tl.constexpr, BITS: tl.constexpr):
+    """Returns how many of rising BOUNDS, times unit, are below numbers, int32.
+
+    These are 2**BITS - 1 BOUNDS from FIRST on.
+    """
     if BITS == 1:
         return tl.where(numbers > unit * BOUNDS[FIRST], 1, 0)
     elif BITS == 2:
@@ -99,7 +106,9 @@ def bisected(
         high = numbers > unit * BOUNDS[FIRST + 3]
         middle = numbers > unit * tl.where(high, BOUNDS[FIRST + 5], BOUNDS[FIRST + 1])
         bound = tl.where(
-            high, tl.where(middle, BOUNDS[FIRST + 6], BOUNDS[FIRST + 4]), tl.where(middle, BOUNDS[FIRST + 2], BOUNDS[FIRST])
+            high,
+            tl.where(middle, BOUNDS[FIRST + 6], BOUNDS[FIRST + 4]),
+            tl.where(middle, BOUNDS[FIRST + 2], BOUNDS[FIRST]),
         )
         low = tl.where(numbers > unit * bound, 1, 0)
         return tl.where(high, 4, 0) | tl.where(middle, 2, 0) | low
@@ -108,14 +117,20 @@ def bisected(
         half = numbers > unit * BOUNDS[FIRST + 7]
         high = numbers > unit * tl.where(half, BOUNDS[FIRST + 11], BOUNDS[FIRST + 3])
         bound = tl.where(
-            half, tl.where(high, BOUNDS[FIRST + 13], BOUNDS[FIRST + 9]), tl.where(high, BOUNDS[FIRST + 5], BOUNDS[FIRST + 1])
+            half,
+            tl.where(high, BOUNDS[FIRST + 13], BOUNDS[FIRST + 9]),
+            tl.where(high, BOUNDS[FIRST + 5], BOUNDS[FIRST + 1]),
         )
         middle = numbers > unit * bound
         above = tl.where(
-            high, tl.where(middle, BOUNDS[FIRST + 14], BOUNDS[FIRST + 12]), tl.where(middle, BOUNDS[FIRST + 10], BOUNDS[FIRST + 8])
+            high,
+            tl.where(middle, BOUNDS[FIRST + 14], BOUNDS[FIRST + 12]),
+            tl.where(middle, BOUNDS[FIRST + 10], BOUNDS[FIRST + 8]),
         )
         below = tl.where(
-            high, tl.where(middle, BOUNDS[FIRST + 6], BOUNDS[FIRST + 4]), tl.where(middle, BOUNDS[FIRST + 2], BOUNDS[FIRST])
+            high,
+            tl.where(middle, BOUNDS[FIRST + 6], BOUNDS[FIRST + 4]),
+            tl.where(middle, BOUNDS[FIRST + 2], BOUNDS[FIRST]),
         )
         low = tl.where(numbers > unit * tl.where(half, above, below), 1, 0)
         return tl.where(half, 8, 0) | tl.where(high, 4, 0) | tl.where(middle, 2, 0) | low
@@ -282,17 +297,17 @@ def expanded_first(radii, codes, cosines_ptr):
 
 
 @triton.jit
-def turn_of(
-    codes, cosines_ptr, COSINES: tl.constexpr, LEVEL: tl.constexpr, BITS: tl.constexpr
-):
+def turn_of(codes, cosines_ptr, COSINES: tl.constexpr, LEVEL: tl.constexpr, BITS: tl.constexpr):
     """Returns cosine and sine, fp32, of codes above level 1.
 
+    Angles lie symmetrically about pi/4: the sine is the cosine of the mirrored code.
+
     Args:
+        codes: int32 of any shape.
         cosines_ptr: fp32 [levels, ENTRIES], cosines of the angles of codes.
         COSINES: the same numbers; choosing among four is cheaper than looking them up.
         LEVEL: 1 for the second level.
-
-    Angles lie symmetrically about pi/4: the sine is the cosine of the mirrored code.
+        BITS: bits of its codes.
     """
     FIRST: tl.constexpr = ENTRIES * LEVEL
     if BITS == 2:

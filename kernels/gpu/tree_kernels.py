@@ -148,6 +148,7 @@ def decode_trees(
     ORDER: tl.constexpr,
     FIELDS: tl.constexpr,
     SCALE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Decodes keys or values.
 
@@ -163,7 +164,7 @@ def decode_trees(
     channel = tl.arange(0, D)
     known = (channel < D)[None, :]
     turns = rotate.turns(num_slices * ITEMS)
-    for turn in tl.range(0, turns, num_stages=1):
+    for turn in tl.range(0, turns, num_stages=STAGES):
         item = tl.program_id(0) + turn * tl.num_programs(0)
         slice_index = (item // ITEMS).to(tl.int64)
         first_row = item % ITEMS * ROWS

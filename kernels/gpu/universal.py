@@ -46,11 +46,15 @@ def encode_pairs_of_rows(
     """Codes mixed rows.
 
     Args:
-        first, second: fp32 [M, P], the two channels of each pair.
+        first: fp32 [M, P], the first channel of each pair.
+        second: likewise the second.
         known: pairs that there are, bool [1, P]; read with MASKED.
         points: radii of the codes, fp32 [2**R_BITS].
         D: channels of a row.
+        R_BITS: bits of a radius code.
+        T_BITS: bits of an angle code.
         BOUNDS: squares of the radii between points, in units of the RMS channel.
+        MASKED: whether there are columns without pairs.
 
     Returns:
         codes: int32 [M, P].
@@ -118,9 +122,7 @@ def _store(codes_ptr, words, D: tl.constexpr, BITS: tl.constexpr, TILES: tl.cons
         tl.store(codes_ptr + tl.arange(0, R * 4 * STEPS), lanes)
     else:
         step = tl.minimum(tl.arange(0, 4 * STEPS) // 4, D // 16 - 1)
-        store_words(
-            codes_ptr, tl.reshape(words, [R, 4 * STEPS]), step, 0, D, BITS, TILES, D // 16
-        )
+        store_words(codes_ptr, tl.reshape(words, [R, 4 * STEPS]), step, 0, D, BITS, TILES, D // 16)
 
 
 @triton.jit
@@ -140,7 +142,9 @@ def pairs_of_words(words, table):
 
 
 @triton.jit
-def load_lanes(codes_ptr, R: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr):
+def load_lanes(
+    codes_ptr, R: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr
+):
     """Loads words [R, 4 steps], one code a byte, of whole units of all steps of one head."""
     STEPS: tl.constexpr = triton.next_power_of_2(D // 16)
     if BITS == 8 and TILES == 1 and STEPS * 16 == D and STEPS % 4 == 0:

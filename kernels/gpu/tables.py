@@ -1,0 +1,139 @@
+"""Matrices and tables of the rotated codecs as their kernels read them."""
+
+import math
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from polarcache.kernels.gpu.tree import ENTRIES
+from polarcache.kernels.layout import BlockShape
+from polarcache.kernels.options import Polar, Recursive
+from polarcache.kernels.polar.codebook import centroids, rayleigh_points
+from polarcache.kernels.polar.rotation import mixing, rotation
+
+MATRIX_SCALE = 256
+_ENTRIES = ENTRIES.value
+
+_Floats = npt.NDArray[np.float64]
+
+
+def _parts(matrix: _Floats, device: torch.device) -> Tensor:
+    """Returns fp16 [2, ...]: what is nearest to MATRIX_SCALE times fp64 numbers, and the rest."""
+    scaled = matrix * MATRIX_SCALE
+    high = scaled.astype(np.float16)
+    low = (scaled - high).astype(np.float16)
+    return torch.from_numpy(np.stack((high, low))).to(device)
+
+
+def _pair_columns(head_dim: int, side: str) -> npt.NDArray[np.int64]:
+    """Returns the pair of each column of a product; columns past the last step repeat it."""
+    columns = 1 << (head_dim // 2 - 1).bit_length()
+    column = np.arange(columns)
+    place = column % 8
+    if side == "key":
+        place = place // 2 + place % 2 * 4
+    return np.minimum(column // 8, head_dim // 16 - 1) * 8 + place
+
+
+def _mixing_parts(head_dim: int) -> _Floats:
+    """Returns the mixing matrix, fp64 [PARTS, D, D], in numbers that fp16 holds."""
+    matrix = mixing(head_dim, torch.device("cpu")).numpy().astype(np.float64)
+    if head_dim & (head_dim - 1) == 0:
+        return np.round(matrix * math.sqrt(head_dim))[np.newaxis]
+    return _parts(matrix, torch.device("cpu")).numpy().astype(np.float64)
+
+
+def _points(codec: Polar, device: torch.device) -> Tensor:
+    """Returns the radii of codes, fp32 [2**radius_bits], in units of the RMS channel."""
+    return torch.tensor(rayleigh_points(codec.radius_bits), dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=16)
+def value_mixing(codec: Polar, head_dim: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Returns what mixes values, fp16 [PARTS, K, K] padded with zeros, and radii of codes."""
+    pairs = _pair_columns(head_dim, "value")
+    columns = np.concatenate((pairs, pairs + head_dim // 2))
+    parts = _mixing_parts(head_dim)
+    padded = np.zeros((len(parts), len(columns), len(columns)))
+    padded[:, :head_dim] = parts[:, columns].swapaxes(1, 2)
+    return torch.from_numpy(padded).to(device, torch.float16), _points(codec, device)
+
+
+@lru_cache(maxsize=16)
+def key_mixing(codec: Polar, shape: BlockShape, device: torch.device) -> tuple[Tensor, ...]:
+    """Returns the same for the first and the second channels of keys: [2, PARTS, P, 2 P]."""
+    head_dim = shape.head_dim
+    pairs = _pair_columns(head_dim, "key")
+    columns = np.concatenate((pairs, pairs + head_dim // 2))
+    parts = _mixing_parts(head_dim)
+    channels = np.arange(head_dim)
+    padded = np.zeros((2, len(parts), len(pairs), len(columns)))
+    for of_pairs, first, second in shape.pair_channels():
+        for index, of_side in enumerate((first, second)):
+            mixed = parts[:, columns][:, :, channels[of_side]].swapaxes(1, 2)
+            padded[index, :, of_pairs] = mixed
+    return torch.from_numpy(padded).to(device, torch.float16), _points(codec, device)
+
+
+@lru_cache(maxsize=16)
+def polar_decoder_tables(
+    codec: Polar, head_dim: int, side: str, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Returns what unmixes, fp16 [2, PARTS, P, K], and both channels of all codes."""
+    pairs = _pair_columns(head_dim, side)
+    parts = _mixing_parts(head_dim)
+    size = 1 << (head_dim - 1).bit_length()
+    padded = np.zeros((2, len(parts), len(pairs), size))
+    real = head_dim // 2
+    for index in range(2):
+        padded[index, :, :real, :head_dim] = parts[:, pairs[:real] + index * real]
+    return torch.from_numpy(padded).to(device, torch.float16), _channels_of_codes(codec).to(device)
+
+
+def _channels_of_codes(codec: Polar) -> Tensor:
+    """Returns both channels of every code, int32 [2, 256]: halves nearest to them, and the rest."""
+    code = np.arange(1 << codec.bits)
+    phases = (code % (1 << codec.angle_bits) + 0.5) * (2 * np.pi / (1 << codec.angle_bits))
+    radii = np.array(rayleigh_points(codec.radius_bits))[code >> codec.angle_bits]
+    pairs = np.stack((radii * np.cos(phases), radii * np.sin(phases)), -1)
+    high = pairs.astype(np.float16)
+    halves = np.zeros((2, 256, 2), np.float16)
+    halves[:, : len(code)] = np.stack((high, (pairs - high).astype(np.float16)))
+    return torch.from_numpy(halves.view(np.int32)[..., 0].copy())
+
+
+@lru_cache(maxsize=64)
+def tree_tables(
+    codec: Recursive, head_dim: int, order: str, use: str, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Returns parts of the rotation, fp16 [2, D, D], and cosines of all levels, fp32 [levels, 16].
+
+    The encoder's columns and the decoder's rows are channels in the order of the kernel.
+
+    Args:
+        codec: form and seed.
+        head_dim: D.
+        order: how trees lie, `key` for lanes of keys.
+        use: `encode` or `decode`.
+        device: where the tensors lie.
+    """
+    matrix = rotation(head_dim, codec.seed, torch.device("cpu")).numpy().astype(np.float64)
+    blocks = head_dim // 16
+    column = np.arange(head_dim)
+    if order == "key":
+        place = column % blocks
+        column = column - place + place // (blocks // 4) + place % (blocks // 4) * 4
+    matrix = matrix[column].T if use == "encode" else matrix[column]
+    return _parts(np.ascontiguousarray(matrix), device), level_cosines(codec, head_dim).to(device)
+
+
+def level_cosines(codec: Recursive, head_dim: int) -> Tensor:
+    """Returns cosines of the angles of all levels, fp32 [levels, ENTRIES]."""
+    bits = codec.level_bits(head_dim)
+    cosines = torch.zeros((len(bits), _ENTRIES), dtype=torch.float32)
+    for level, width in enumerate(bits, start=1):
+        cosines[level - 1, : 1 << width] = torch.tensor(centroids(level, width)).cos()
+    return cosines
