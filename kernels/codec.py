@@ -196,7 +196,8 @@ class Codec:
             from polarcache.kernels.gpu.launch import Plan
 
             device = torch.cuda.get_device_properties(packed.device)
-            shared_bytes = device.shared_memory_per_block_optin
+            # torch's stubs lack this one.
+            shared_bytes = int(getattr(device, "shared_memory_per_block_optin", 0))
             self._plan = Plan.of(self.profile, self.shape, self.layout, shared_bytes)
         return self._plan
 
