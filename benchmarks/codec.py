@@ -34,6 +34,12 @@ PROFILES = (
     "k=pair:r3t3,v=int2",
     "k=pair:r4t4,v=exact",
     "k=exact,v=int4",
+    "k=pair:r4t4:arc2,v=int4",
+    "k=polar:r3t5,v=polar:r3t5",
+    "k=polar:r2t4,v=polar:r2t4",
+    "k=recursive,v=recursive",
+    "k=recursive:log8,v=recursive:log8",
+    "k=recursive:deep,v=recursive:deep",
     "exact",
 )
 

@@ -115,7 +115,7 @@ class Codec:
         """Packs slices as `encode` does, but leaves the check to `check_refused`.
 
         On a CUDA device, sides that are exact or that the kernels code never wait for the device:
-        the call can be captured in a CUDA graph.
+        the call can be captured in a CUDA graph, after a first one that loads kernels and tables.
 
         Args:
             keys: as for `encode`.
