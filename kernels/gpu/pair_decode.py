@@ -83,14 +83,18 @@ def decode_pairs(
     angle_code = (codes & ((1 << T_BITS) - 1)).to(tl.float32)
 
     group = tl.arange(0, NG)[:, None, None]
-    place = step[None, :, None]
-    place += ((column % 4)[None, :, None] + 4 * tl.arange(0, 2)[None, None, :]) * (D // 16)
-    at = parameters_ptr + (group * (D if ARC == "arc2" else 2 * D) + place)
+    c = (column % 4)[None, :, None] + 4 * tl.arange(0, 2)[None, None, :]
+    if ARC == "arc2":
+        at = parameters_ptr + (group * D + 8 * step[None, :, None] + c)
+    else:
+        at = parameters_ptr + (group * (2 * D) + step[None, :, None] + c * (D // 16))
     radius_zero, radius_scale = tl.load(at).to(tl.float32), tl.load(at + D // 2).to(tl.float32)
     if ARC == "arc2":
-        arc = tl.load(arcs_ptr + (group * (D // 2) + place)).to(tl.int32)
-        angle_zero = ((arc >> 4) & (STARTS - 1)).to(tl.float32) * (TAU / STARTS)
-        angle_scale, _ = arc_step(tl.minimum(arc & 15, MAX_ARC_EXPONENT), T_BITS)
+        at_arc = arcs_ptr + (group * D + 8 * step[None, :, None] + c)
+        low = tl.load(at_arc + D // 2).to(tl.int32)
+        arc = (tl.load(at_arc).to(tl.int32) << 4) | (low >> 4)
+        angle_zero = arc.to(tl.float32) * (TAU / STARTS)
+        angle_scale, _ = arc_step(tl.minimum(low & 15, MAX_ARC_EXPONENT), T_BITS)
     else:
         angle_zero, angle_scale = tl.load(at + D).to(tl.float32), tl.load(at + D // 2 * 3)
         angle_scale = angle_scale.to(tl.float32)

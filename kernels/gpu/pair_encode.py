@@ -290,13 +290,15 @@ def encode_pairs(
         )
         low, high, start, stop = _fold_ranges(low, high, start, stop, NG)
         middle = tl.zeros(start.shape, tl.float32)
-    # Parameters of groups, [NG, C, pair + 4]
-    at = step[None, :, None] + (c[None, :, None] + 4 * tl.arange(0, 2)[None, None, :]) * (D // 16)
     group = tl.arange(0, NG)[:, None, None]
     if ARC == "arc2":
         arc, exponent = whole_arc(middle, start, stop)
-        at_arc = (arcs_ptr + group * (D // 2)) + at
-        tl.store(at_arc, ((arc << 4) | exponent).to(tl.int16))
+        # [groups, 2, pairs]: high bytes, then low bytes
+        pair = 8 * step[None, :, None] + c[None, :, None] + 4 * tl.arange(0, 2)[None, None, :]
+        at = arcs_ptr + (group * D + pair)
+        arc_bytes = (arc << 4) | exponent
+        tl.store(at, ((arc_bytes >> 8) & 0xFF).to(tl.uint8))
+        tl.store(at + D // 2, (arc_bytes & 0xFF).to(tl.uint8))
         step_width, gain = arc_step(exponent, T_BITS)
         radius_min = (low * gain).to(tl.float16)
         radius_scale = ((high - low) * gain * (1.0 / (1 << R_BITS))).to(tl.float16)
@@ -325,14 +327,16 @@ def encode_pairs(
     store_words(codes_ptr, words, step, first_step, D, R_BITS + T_BITS, TILES, STEPS)
 
     if ARC == "arc2":
-        # [groups, 2 kinds, pair % 8, pair // 8]
-        at = parameters_ptr + group * D + at
+        # [groups, 2 kinds, pairs]
+        at = parameters_ptr + (group * D + pair)
         tl.store(at, radius_min)
         tl.store(at + D // 2, radius_scale)
     else:
         # [groups, 4 kinds, pair % 8, pair // 8]; here [NG, C, pair + 4, angle, scale]
         zeros, scales = tl.join(radius_min, angle_zero), tl.join(radius_scale, angle_scale)
-        place = (group * (2 * D) + at)[:, :, :, None, None]
+        place = group * (2 * D) + step[None, :, None]
+        place += (c[None, :, None] + 4 * tl.arange(0, 2)[None, None, :]) * (D // 16)
+        place = place[:, :, :, None, None]
         place += tl.arange(0, 2)[None, None, None, :, None] * D
         place += tl.arange(0, 2)[None, None, None, None, :] * (D // 2)
         tl.store(parameters_ptr + place, tl.join(zeros, scales))
