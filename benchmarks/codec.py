@@ -35,6 +35,7 @@ PROFILES = (
     "k=pair:r4t4,v=exact",
     "k=exact,v=int4",
     "k=pair:r4t4:arc2,v=int4",
+    "k=pair:tiers6,v=polar:r2t4",
     "k=polar:r3t5,v=polar:r3t5",
     "k=polar:r2t4,v=polar:r2t4",
     "k=recursive,v=recursive",

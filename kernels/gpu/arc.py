@@ -88,13 +88,13 @@ def whole_arc(middle, start, stop):
     # frexp: turns are less than 2**(stored exponent - 126), and at least half of that.
     exponent = 126 - (turns.to(tl.int32, bitcast=True) >> 23)
     exponent = tl.minimum(tl.maximum(exponent, 0), MAX_ARC_EXPONENT)
-    width = _power(exponent) * TAU
+    width = power(exponent) * TAU
     place = (middle + (start + stop) * 0.5 - width * 0.5) * (STARTS / TAU)
     return whole(place).to(tl.int32), exponent
 
 
 @triton.jit
-def _power(exponent):
+def power(exponent):
     """Returns 2**-exponent, fp32, of int32 exponents from 0 to 126."""
     return ((127 - exponent) << 23).to(tl.float32, bitcast=True)
 
@@ -105,7 +105,7 @@ def arc_step(exponent, T_BITS: tl.constexpr):
 
     The gain is h / sin h of half a step h, at most pi / 2: the inverse of a Taylor series.
     """
-    step = _power(exponent + T_BITS) * TAU
+    step = power(exponent + T_BITS) * TAU
     w = step * step * 0.25
     sine = w * (1.0 / 6227020800) - 1.0 / 39916800
     sine = sine * w + 1.0 / 362880

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from polarcache.kernels.gpu.rotated import row_strides
+from polarcache.kernels.gpu.side_plan import row_strides
 from polarcache.kernels.gpu.sides import decode_kernel, encode_kernel
 from polarcache.kernels.layout import TILE_TOKENS, BlockShape, Field, PackedLayout
 from polarcache.kernels.profile import ArcPair, Integer, Pair, Profile

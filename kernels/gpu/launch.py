@@ -7,12 +7,12 @@ from typing import Self
 from torch import Tensor
 
 from polarcache.kernels.gpu.fused import FusedPlan
-from polarcache.kernels.gpu.rotated import RotatedPlan
+from polarcache.kernels.gpu.side_plan import SidePlan
 from polarcache.kernels.layout import BlockShape, PackedLayout
 from polarcache.kernels.profile import Profile
 
 # What an A100 has, and GPUs of data centres since.
-ROTATED_SHARED_BYTES = 160 * 1024
+SIDE_SHARED_BYTES = 160 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +21,11 @@ class Plan:
 
     Attributes:
         fused: launch of pair keys, integer values or both; None for neither.
-        rotated: launches of sides in rotated codecs.
+        singles: launches of sides that are coded one at a time.
     """
 
     fused: FusedPlan | None
-    rotated: Sequence[RotatedPlan]
+    singles: Sequence[SidePlan]
 
     @classmethod
     def of(
@@ -33,7 +33,7 @@ class Plan:
         profile: Profile,
         shape: BlockShape,
         layout: PackedLayout,
-        shared_bytes: int = ROTATED_SHARED_BYTES,
+        shared_bytes: int = SIDE_SHARED_BYTES,
     ) -> Self | None:
         """Returns the plan, or None where no side has a kernel.
 
@@ -44,21 +44,21 @@ class Plan:
             profile: how keys and values are coded.
             shape: shape of one layer of one block.
             layout: where the bytes of a packed slice lie.
-            shared_bytes: shared memory that a program can have; kernels of rotated sides hold a
-                matrix there and need ROTATED_SHARED_BYTES.
+            shared_bytes: shared memory that a program can have; the kernels of one side each
+                were made for SIDE_SHARED_BYTES.
         """
         fused = FusedPlan.of(profile, shape, layout)
-        both = (RotatedPlan.of(profile, shape, layout, side) for side in ("key", "value"))
-        rotated = tuple(plan for plan in both if plan is not None)
-        if shared_bytes < ROTATED_SHARED_BYTES:
-            rotated = ()
-        return cls(fused, rotated) if fused is not None or rotated else None
+        both = (SidePlan.of(profile, shape, layout, side) for side in ("key", "value"))
+        singles = tuple(plan for plan in both if plan is not None)
+        if shared_bytes < SIDE_SHARED_BYTES:
+            singles = ()
+        return cls(fused, singles) if fused is not None or singles else None
 
     @property
     def sides(self) -> tuple[str, ...]:
         """Sides that kernels code: `key`, `value` or both."""
         fused = () if self.fused is None else self.fused.sides
-        return (*fused, *(plan.side for plan in self.rotated))
+        return (*fused, *(plan.side for plan in self.singles))
 
     def encode(
         self,
@@ -81,7 +81,7 @@ class Plan:
         """
         if self.fused is not None:
             self.fused.encode(keys, values, slots, out, flags)
-        for plan in self.rotated:
+        for plan in self.singles:
             x, flag = (keys, flags[0]) if plan.side == "key" else (values, flags[1])
             plan.encode(x, slots, query, out, flag)
 
@@ -89,5 +89,5 @@ class Plan:
         """Launches the decoders, without waiting for them; arguments as `encode`."""
         if self.fused is not None:
             self.fused.decode(packed, slots, keys, values)
-        for plan in self.rotated:
+        for plan in self.singles:
             plan.decode(packed, slots, keys if plan.side == "key" else values)

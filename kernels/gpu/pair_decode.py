@@ -9,7 +9,7 @@ from polarcache.kernels.gpu.words import ROUNDER, load_words, token_rows
 
 
 @triton.jit
-def _turn(angle):
+def turn(angle):
     """Returns cosine and sine, within 2e-7, of fp32 angles up to a few turns.
 
     Quarter turns are taken off in two parts; on the rest, at most pi/4, Taylor-like minimax
@@ -100,7 +100,7 @@ def decode_pairs(
         angle_scale = angle_scale.to(tl.float32)
     radius = spread(radius_zero + 0.5 * radius_scale, R) + radius_code * spread(radius_scale, R)
     angle = spread(angle_zero + 0.5 * angle_scale, R) + angle_code * spread(angle_scale, R)
-    x, y = _turn(angle)
+    x, y = turn(angle)
     x_a, x_b = tl.split(x * radius)
     y_a, y_b = tl.split(y * radius)
     row = tl.arange(0, R)

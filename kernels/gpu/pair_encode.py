@@ -90,15 +90,17 @@ def _merge(low_a, high_a, start_a, stop_a, low_b, high_b, start_b, stop_b):
 
 
 @triton.jit
-def _merge_sectors(
+def merge_sectors(
     low_a, high_a, start_a, stop_a, sectors_a, low_b, high_b, start_b, stop_b, sectors_b
 ):
+    """The same with sets of sectors."""
     low, high, start, stop = _merge(low_a, high_a, start_a, stop_a, low_b, high_b, start_b, stop_b)
     return low, high, start, stop, sectors_a | sectors_b
 
 
 @triton.jit
-def _merge_angles(start_a, stop_a, start_b, stop_b):
+def merge_angles(start_a, stop_a, start_b, stop_b):
+    """Merges two ranges of angles."""
     return tl.minimum(start_a, start_b), tl.maximum(stop_a, stop_b)
 
 
@@ -124,11 +126,11 @@ def _fold_ranges(low, high, start, stop, NG: tl.constexpr):
 def _fold_sectors(low, high, start, stop, occupied, NG: tl.constexpr):
     """The same with sets of sectors."""
     if NG == 1:
-        return tl.reduce((low, high, start, stop, occupied), 0, _merge_sectors, keep_dims=True)
+        return tl.reduce((low, high, start, stop, occupied), 0, merge_sectors, keep_dims=True)
     else:
         low, high, occupied = _by_group(low, NG), _by_group(high, NG), _by_group(occupied, NG)
         return tl.reduce(
-            (low, high, _by_group(start, NG), _by_group(stop, NG), occupied), 1, _merge_sectors
+            (low, high, _by_group(start, NG), _by_group(stop, NG), occupied), 1, merge_sectors
         )
 
 
@@ -136,9 +138,9 @@ def _fold_sectors(low, high, start, stop, occupied, NG: tl.constexpr):
 def _fold_angles(start, stop, NG: tl.constexpr):
     """The same of angles alone."""
     if NG == 1:
-        return tl.reduce((start, stop), 0, _merge_angles, keep_dims=True)
+        return tl.reduce((start, stop), 0, merge_angles, keep_dims=True)
     else:
-        return tl.reduce((_by_group(start, NG), _by_group(stop, NG)), 1, _merge_angles)
+        return tl.reduce((_by_group(start, NG), _by_group(stop, NG)), 1, merge_angles)
 
 
 @triton.jit
@@ -279,7 +281,7 @@ def encode_pairs(
         angle -= spread(middle, R)
         angle -= TAU * whole(angle * (1 / TAU))
         angle_a, angle_b = tl.split(angle)
-        start, stop = _merge_angles(angle_a, angle_a, angle_b, angle_b)
+        start, stop = merge_angles(angle_a, angle_a, angle_b, angle_b)
         start, stop = _fold_angles(start, stop, NG)
         some = high * high > 2 * TINY
         start, stop = tl.where(some, start, 0.0), tl.where(some, stop, 0.0)

@@ -215,61 +215,6 @@ def by_lane(numbers, ORDER: tl.constexpr):
 
 
 @triton.jit
-def store_stream(at_ptr, numbers, BITS: tl.constexpr):
-    """Stores numbers of 2 to 32 bits, int32 [L], as a dense stream at uint8 at_ptr.
-
-    L is a power of two and at least 16; at_ptr is a multiple of 4 bytes. Neighbours are joined to
-    numbers of 32 or 24 bits.
-    """
-    JOINS: tl.constexpr = 4 if BITS == 2 else 3 if BITS <= 4 else 2 if BITS <= 8 else 32 // BITS - 1
-    WIDE: tl.constexpr = BITS << JOINS
-    L: tl.constexpr = numbers.shape[0] >> JOINS
-    for index in tl.static_range(JOINS):
-        low, high = tl.split(tl.reshape(numbers, [numbers.shape[0] // 2, 2]))
-        numbers = low | (high << (BITS << index))
-    if WIDE == 32:
-        tl.store(at_ptr.to(tl.pointer_type(tl.int32)) + tl.arange(0, L), numbers)
-    elif L < 4:
-        for index in tl.static_range(3):
-            at = at_ptr + 3 * tl.arange(0, L) + index
-            tl.store(at, ((numbers >> (8 * index)) & 0xFF).to(tl.uint8))
-    else:
-        even, odd = tl.split(tl.reshape(numbers, [L // 4, 2, 2]))
-        number_0, number_2 = tl.split(even)
-        number_1, number_3 = tl.split(odd)
-        at = at_ptr.to(tl.pointer_type(tl.int32)) + 3 * tl.arange(0, L // 4)
-        tl.store(at, number_0 | (number_1 << 24))
-        tl.store(at + 1, (number_1 >> 8) | (number_2 << 16))
-        tl.store(at + 2, (number_2 >> 16) | (number_3 << 8))
-
-
-@triton.jit
-def load_stream(at_ptr, SIZE: tl.constexpr, BITS: tl.constexpr):
-    """Loads what store_stream stored: int32 [SIZE], bits above BITS not cleared."""
-    JOINS: tl.constexpr = 4 if BITS == 2 else 3 if BITS <= 4 else 2 if BITS <= 8 else 32 // BITS - 1
-    WIDE: tl.constexpr = BITS << JOINS
-    L: tl.constexpr = SIZE >> JOINS
-    if WIDE == 32:
-        numbers = tl.load(at_ptr.to(tl.pointer_type(tl.int32)) + tl.arange(0, L))
-    elif L < 4:
-        numbers = tl.zeros([L], tl.int32)
-        for index in tl.static_range(3):
-            at = at_ptr + 3 * tl.arange(0, L) + index
-            numbers |= tl.load(at).to(tl.int32) << (8 * index)
-    else:
-        at = at_ptr.to(tl.pointer_type(tl.int32)) + 3 * tl.arange(0, L // 4)
-        word_0, word_1, word_2 = tl.load(at), tl.load(at + 1), tl.load(at + 2)
-        number_1 = ((word_0 >> 24) & 0xFF) | (word_1 << 8)
-        number_2 = ((word_1 >> 16) & 0xFFFF) | (word_2 << 16)
-        numbers = tl.join(tl.join(word_0, number_2), tl.join(number_1, word_2 >> 8))
-        numbers = tl.reshape(numbers, [L])
-    for index in tl.static_range(JOINS):
-        joined = tl.join(numbers, numbers >> (WIDE >> (index + 1)))
-        numbers = tl.reshape(joined, [2 * numbers.shape[0]])
-    return numbers
-
-
-@triton.jit
 def log_codes(radii):
     """Returns codes, int32, of fp32 radii, nearest to 2**((c - 128) / 8)."""
     code = whole(tl.log2(radii) * 8.0)

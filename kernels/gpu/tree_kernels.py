@@ -7,7 +7,7 @@ for centred keys all tokens of one head. The matrix is loaded once a program.
 import triton
 import triton.language as tl
 
-from polarcache.kernels.gpu import centre, rotate, tree
+from polarcache.kernels.gpu import centre, rotate, streams, tree
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def encode_trees(
             code = tree.log_codes(radius)
         BYTES: tl.constexpr = 2 if FORM == "published" else 1
         at = slice_ptr + FIELDS[LEVELS] + first_row * (TREES * BYTES)
-        tree.store_stream(at, tree.to_memory(code, "rows" if DEEP else ORDER), 8 * BYTES)
+        streams.store_stream(at, tree.to_memory(code, "rows" if DEEP else ORDER), 8 * BYTES)
 
 
 @triton.jit
@@ -120,9 +120,9 @@ def _store_level(
     at = slice_ptr + FIELDS[LEVEL] + first_row * (NODES * WIDTH) // 8
     if LEVEL < 4:
         numbers = tree.to_memory(tree.gathered(codes, D // 16, WIDTH), ORDER)
-        tree.store_stream(at, numbers, (8 >> LEVEL) * WIDTH)
+        streams.store_stream(at, numbers, (8 >> LEVEL) * WIDTH)
     else:
-        tree.store_stream(at, tree.to_memory(codes, "rows"), WIDTH)
+        streams.store_stream(at, tree.to_memory(codes, "rows"), WIDTH)
 
 
 @triton.jit
@@ -213,7 +213,7 @@ def _radii(
     TREES: tl.constexpr = D >> LEVELS
     BYTES: tl.constexpr = 2 if FORM == "published" else 1
     at = slice_ptr + FIELD + first_row * (TREES * BYTES)
-    code = tree.load_stream(at, ROWS * TREES, 8 * BYTES)
+    code = streams.load_stream(at, ROWS * TREES, 8 * BYTES)
     code = tree.from_memory(code, TREES, "rows" if FORM == "deep" else ORDER)
     if FORM == "published":
         return code.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
@@ -237,9 +237,9 @@ def _load_level(
     WIDTH: tl.constexpr = BITS[LEVEL]
     at = slice_ptr + FIELDS[LEVEL] + first_row * (NODES * WIDTH) // 8
     if LEVEL < 4:
-        numbers = tree.load_stream(at, ROWS * (D // 16), (8 >> LEVEL) * WIDTH)
+        numbers = streams.load_stream(at, ROWS * (D // 16), (8 >> LEVEL) * WIDTH)
         numbers = tree.from_memory(numbers, D // 16, ORDER)
         return tree.scattered(numbers, 8 >> LEVEL, WIDTH)
     else:
-        numbers = tree.load_stream(at, ROWS * NODES, WIDTH)
+        numbers = streams.load_stream(at, ROWS * NODES, WIDTH)
         return tree.from_memory(numbers, NODES, "rows") & ((1 << WIDTH) - 1)

@@ -27,6 +27,8 @@ CASES = [
     ("k=polar:r3t5,v=polar:r2t4", BlockShape(32, 1, 128, 128, "half", 128)),
     ("k=polar:r2t4,v=polar:r1t3", BlockShape(128, 1, 96, 80, "half", 48)),
     ("k=polar:r1t2,v=polar:r4t4", BlockShape(64, 2, 64, 64, "interleaved", 64)),
+    ("k=pair:tiers6:g32,v=exact", BlockShape(64, 2, 128, 32, "half", 128)),
+    ("k=pair:tiers7:g64,v=exact", BlockShape(64, 1, 64, 32, "interleaved", 32)),
     ("k=recursive,v=recursive", BlockShape(32, 1, 128, 128, "half", 128)),
     ("k=recursive:log8,v=recursive:seed7", BlockShape(48, 2, 64, 32, "half", 64)),
     ("k=recursive:deep,v=recursive:deep", BlockShape(32, 1, 128, 128, "half", 128)),

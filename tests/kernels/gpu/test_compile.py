@@ -21,6 +21,7 @@ CASES = [
     ("k=pair:r2t3:g64,v=int4:g16", BlockShape(128, 2, 80, 96, "interleaved", 80), "fp16"),
     ("k=pair:r3t4:arc2,v=int4", HALF, "fp16"),
     ("k=recursive,v=polar:r3t5", HALF, "fp16"),
+    ("k=pair:tiers8,v=int4", HALF, "fp16"),
     ("k=polar:r2t4,v=recursive:deep", BlockShape(64, 2, 64, 64, "half", 48), "bf16"),
     ("k=recursive:deep,v=polar:r1t3", BlockShape(64, 2, 32, 96, "half", 32), "fp32"),
 ]
@@ -39,7 +40,7 @@ def launches(plan: Plan) -> Iterator[tuple[Any, Mapping[str, Any], int]]:
     if plan.fused is not None:
         for kernel in (sides.encode_kernel, sides.decode_kernel):
             yield kernel, plan.fused.constants, plan.fused.num_warps
-    for side in plan.rotated:
+    for side in plan.singles:
         for launch in (side.encoder, side.decoder):
             yield launch.kernel, launch.constants, launch.num_warps
 

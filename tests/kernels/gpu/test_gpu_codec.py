@@ -26,8 +26,12 @@ PROFILES = [
     "k=pair:r3t3:g32,v=int2:g16",
     "k=pair:r2t5:minmax:g64,v=exact",
     "k=exact,v=int4:g32",
+]
+ARCS = [
     "k=pair:r4t4:arc2,v=int4",
     "k=pair:r3t4:arc2:g32,v=int4",
+    "k=pair:tiers5,v=int4",
+    "k=pair:tiers8:g64,v=int4",
 ]
 ROTATED = [
     "k=polar:r3t5,v=polar:r2t4",
@@ -94,14 +98,14 @@ def check(text: str, shape: BlockShape, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("text", PROFILES + ROTATED)
+@pytest.mark.parametrize("text", PROFILES + ARCS + ROTATED)
 def test_kernels_code_as_plain_torch(text: str, shape: BlockShape) -> None:
     check(text, shape, torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_kernels_code_other_dtypes_as_plain_torch(dtype: torch.dtype) -> None:
-    for text in PROFILES[:4] + ROTATED:
+    for text in PROFILES[:4] + ARCS + ROTATED:
         check(text, BlockShape(128, 2, 128, 64, "half", 128), dtype)
 
 
@@ -128,7 +132,7 @@ def test_kernels_code_blocks_of_any_length(text: str, tokens: int) -> None:
     check(text, BlockShape(tokens, 2, 128, 128, "half", 128), torch.float16)
 
 
-@pytest.mark.parametrize("text", ["k=pair,v=int4", *ROTATED])
+@pytest.mark.parametrize("text", ["k=pair,v=int4", *ARCS, *ROTATED])
 def test_strided_and_paged_tensors_give_the_same_bytes(text: str) -> None:
     shape = BlockShape(128, 4, 128, 128, "half", 128)
     codec = Codec(Profile.parse(text), shape, torch.float16)
@@ -153,7 +157,7 @@ def test_strided_and_paged_tensors_give_the_same_bytes(text: str) -> None:
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("text", ["k=pair,v=int4", "k=pair:minmax:g32,v=int2", *ROTATED])
+@pytest.mark.parametrize("text", ["k=pair,v=int4", "k=pair:minmax:g32,v=int2", *ARCS, *ROTATED])
 def test_non_finite_numbers_are_refused_by_side_and_slice(text: str, number: float) -> None:
     shape = BlockShape(128, 2, 64, 64, "half", 64)
     codec = Codec(Profile.parse(text), shape, torch.float16)

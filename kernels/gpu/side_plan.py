@@ -1,4 +1,4 @@
-"""Launches of the rotated codecs, one side at a time: constants, matrices, tables."""
+"""Launches of sides that are coded one at a time: rotated codecs and tiered pairs."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from polarcache.kernels.gpu import polar_kernels, tree_kernels
+from polarcache.kernels.gpu import polar_kernels, tier_kernels, tree_kernels
 from polarcache.kernels.gpu.tables import (
     MATRIX_SCALE,
     key_mixing,
@@ -20,7 +20,7 @@ from polarcache.kernels.gpu.tables import (
     value_mixing,
 )
 from polarcache.kernels.layout import TILE_TOKENS, BlockShape, Field, PackedLayout
-from polarcache.kernels.options import Polar, Recursive
+from polarcache.kernels.options import ArcPair, Polar, Recursive
 from polarcache.kernels.polar.codebook import centroids, rayleigh_points
 from polarcache.kernels.profile import Profile
 
@@ -30,9 +30,12 @@ _NUMBERS_PER_WARP = 2048
 # Numbers of a head's tokens that a program can hold, for keys whose means are taken off.
 _MAX_POLAR_NUMBERS = 32768
 _MAX_TREE_NUMBERS = 16384
+_MAX_TIER_NUMBERS = 32768
 # Matrices, in two parts where entries are not whole, must fit shared memory beside the rows.
 _POLAR_DIMS = tuple(range(32, 129, 16))
 _TREE_DIMS = (32, 64, 128)
+# Classes of a power of two of pairs, whose streams fill words.
+_TIER_DIMS = (64, 128)
 
 _Tables = Callable[[torch.device], tuple[Tensor, ...]]
 
@@ -62,6 +65,8 @@ _POLAR_DECODER = Tuning(rows=128, programs=2)
 _TREE_ENCODER = Tuning(rows=128, programs=2)
 _DEEP_ENCODER = Tuning(rows=64, programs=2, registers=0)
 _TREE_DECODER = Tuning(rows=64, programs=4)
+# Not tuned.
+_TIER = Tuning(rows=128, programs=2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +113,8 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
-class RotatedPlan:
-    """The kernels of one side in a rotated codec.
+class SidePlan:
+    """The kernels of one side.
 
     Attributes:
         side: `key` or `value`.
@@ -145,12 +150,15 @@ class RotatedPlan:
             launches = _polar_launches(codec, shape, fields, side)
         elif isinstance(codec, Recursive) and codec.codebook == "analytic":
             launches = _tree_launches(codec, shape, fields, side)
+        elif isinstance(codec, ArcPair) and codec.tiers:
+            launches = _tier_launches(codec, shape, fields)
         else:
             return None
         encoder, decoder = launches
         if encoder is None or decoder is None:
             return None
-        return cls(side, side == "key" and isinstance(codec, Polar), encoder, decoder)
+        by_query = side == "key" and isinstance(codec, Polar | ArcPair)
+        return cls(side, by_query, encoder, decoder)
 
     def encode(
         self, x: Tensor, slots: Tensor | None, query: Tensor | None, out: Tensor, flags: Tensor
@@ -263,6 +271,38 @@ def _polar_launches(
         partial(polar_decoder_tables, codec, head_dim, side), shape, _POLAR_DECODER, least, most,
     )  # fmt: skip
     return encoder, decoder
+
+
+def _tier_launches(
+    codec: ArcPair, shape: BlockShape, fields: Mapping[str, Field]
+) -> tuple[Launch | None, Launch | None]:
+    if shape.head_dim not in _TIER_DIMS or not _whole_heads(shape, _MAX_TIER_NUMBERS):
+        return None, None
+    classes, rank = [], 0
+    names = ["order", "arcs", "radii"]
+    for index, (count, radius_bits, angle_bits) in enumerate(codec.classes(shape.pairs)):
+        classes.append((count, radius_bits, angle_bits, rank))
+        names += [f"radius{index}", f"angle{index}"]
+        rank += count
+    constants = {
+        "T": shape.tokens,
+        "D": shape.head_dim,
+        "ROTARY": shape.rotary_dim,
+        "INTERLEAVED": shape.pairing == "interleaved",
+        "GROUP": codec.group_tokens,
+        "CLASSES": tuple(classes),
+        "FIELDS": tuple(fields[name].offset for name in names),
+    }
+    encoder, decoder = (
+        _launch(kernel, constants, _no_tables, shape, _TIER, shape.tokens, shape.tokens)
+        for kernel in (tier_kernels.encode_tiers, tier_kernels.decode_tiers)
+    )
+    return encoder, decoder
+
+
+def _no_tables(device: torch.device) -> tuple[Tensor, ...]:
+    del device
+    return ()
 
 
 def _tree_launches(
