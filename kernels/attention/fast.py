@@ -18,6 +18,7 @@ from torch import Tensor
 from polarcache.kernels.attention.batch import PrefixBatch
 from polarcache.kernels.attention.options import AttentionOptions
 from polarcache.kernels.codec import Codec
+from polarcache.kernels.errors import ShapeError
 from polarcache.kernels.profile import ArcPair, Integer, Pair
 
 __all__ = ["FastDecode"]
@@ -115,16 +116,18 @@ class FastDecode:
             parts * max(1, 4 * processors // parts),
             self._dealt_blocks(num_sequences, column_tiles, processors),
         )
-        return blocks * 8 * tiles * (self._shape.v_head_dim + 2) * 8
+        return blocks * self._partial_bytes(tiles)
 
     def launch(
-        self, query: Tensor, batch: PrefixBatch, out: Tensor, lse: Tensor, workspace: Tensor
+        self, query: Tensor, batch: PrefixBatch, out: Tensor, lse: Tensor, workspace: Tensor | None
     ) -> None:
         """Launches the kernel on the current stream; arguments as for `PrefixAttention`.
 
         Raises:
+            ShapeError: the workspace is missing, too small or on another device.
+            ImportError: the CUDA bindings are not installed.
             CompileError: NVRTC refuses the source.
-            RuntimeError: the driver refuses the kernel.
+            RuntimeError: the driver refuses the kernel, or NVRTC is not to be found.
         """
         # Imported here: only a GPU needs the CUDA bindings.
         from polarcache.kernels.attention.cuda.module import Kernel
@@ -143,11 +146,16 @@ class FastDecode:
             ),
         )
         plan = self._plan(batch, column_tiles, device)
+        needed = plan.blocks * self._partial_bytes(tiles) if plan.splits != 1 else 0
+        if needed and (
+            workspace is None or len(workspace) < needed or workspace.device != query.device
+        ):
+            raise ShapeError(f"workspace: expected {needed} bytes on {query.device}")
         first = batch.slice_offset
         arguments: tuple[Any, ...] = (
             query.data_ptr(), batch.memory.data_ptr(), batch.page_table.data_ptr(),
             batch.lengths.data_ptr(), batch.query_starts.data_ptr(), out.data_ptr(),
-            lse.data_ptr(), workspace.data_ptr(),
+            lse.data_ptr(), 0 if workspace is None else workspace.data_ptr(),
             first + offsets["key_codes"],
             first + offsets["key_arcs" if self._arcs else "key_parameters"],
             first + offsets.get("key_radii", 0),
@@ -157,6 +165,10 @@ class FastDecode:
             column_tiles, plan.splits, *self._scales, _next_mark(),
         )  # fmt: skip
         kernel.launch(device, plan.blocks, arguments)
+
+    def _partial_bytes(self, tiles: int) -> int:
+        """Returns the bytes that a block hands over: sums and two numbers a column, marked."""
+        return 8 * tiles * (self._shape.v_head_dim + 2) * 8
 
     def _columns(self, max_rows: int) -> tuple[int, tuple[int, int, int]]:
         """Returns column tiles of a KV head's queries, and how a block takes one."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 
 from polarcache.kernels.attention import plain
 from polarcache.kernels.attention.batch import PrefixBatch
+from polarcache.kernels.attention.fast import FastDecode
 from polarcache.kernels.attention.options import AttentionOptions
 from polarcache.kernels.codec import Codec
 from polarcache.kernels.errors import ShapeError
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["PrefixAttention"]
 
 _TRITON_CAPABILITY = (8, 0)
+_FAST_CAPABILITY = 9
 _QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -51,6 +55,8 @@ class PrefixAttention:
         self.codec = codec
         self.query_heads = query_heads
         self.options = options or AttentionOptions()
+        covered = FastDecode.covers(codec, self.options)
+        self._fast = FastDecode(codec, query_heads, self.options) if covered else None
         self._portable: PortableAttention | None = None
 
     def workspace_bytes(self, num_queries: int, num_sequences: int, max_pages: int) -> int:
@@ -63,7 +69,13 @@ class PrefixAttention:
         """
         if not torch.cuda.is_available():
             return 0
-        return self._portable_form().workspace_bytes(num_queries, num_sequences, max_pages)
+        num_bytes = self._portable_form().workspace_bytes(num_queries, num_sequences, max_pages)
+        if self._fast is not None:
+            fast = self._fast.workspace_bytes(
+                num_sequences, max(1, num_queries), _most_processors()
+            )
+            num_bytes = max(num_bytes, fast)
+        return num_bytes
 
     def __call__(
         self,
@@ -75,9 +87,10 @@ class PrefixAttention:
     ) -> None:
         """Writes attention of each query row over its sequence's stored tokens.
 
-        On GPUs of compute capability 8.0 and later Triton kernels serve every codec: the call never
-        waits for the device and, after a first one, which compiles and makes tables, can be
-        captured in a CUDA graph. Older GPUs and the CPU decode some pages at a time.
+        On GPUs of compute capability 9.x the fast form serves what it covers (fast.py); from 8.0 on
+        Triton kernels serve every codec. Such a call never waits for the device and, after a first
+        one, which compiles and makes tables, can be captured in a CUDA graph. Older GPUs and the
+        CPU decode some pages at a time.
 
         Args:
             query: [num_queries, Hq, D] contiguous; fp16, bf16 or fp32, RoPE applied.
@@ -94,10 +107,30 @@ class PrefixAttention:
         self._check(query, batch, out, lse)
         if not query.shape[0]:
             return
-        if query.is_cuda and torch.cuda.get_device_capability(query.device) >= _TRITON_CAPABILITY:
+        capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0)
+        if capability[0] == _FAST_CAPABILITY and self._launched_fast(
+            query, batch, out, lse, workspace
+        ):
+            return
+        if capability >= _TRITON_CAPABILITY:
             self._portable_form().attend(query, batch, out, lse, workspace)
         else:
             plain.attend(self.codec, query, batch, self.options, out, lse)
+
+    def _launched_fast(
+        self, query: Tensor, batch: PrefixBatch, out: Tensor, lse: Tensor, workspace: Tensor | None
+    ) -> bool:
+        """Launches the fast form; False where it does not cover the call or cannot be compiled."""
+        if self._fast is None:
+            return False
+        try:
+            self._fast.launch(query, batch, out, lse, workspace)
+        except (ImportError, RuntimeError) as error:
+            # No CUDA bindings, no NVRTC, or a source that they refuse: the same answer, slower.
+            _warn_of_slow_form(f"{type(error).__name__}: {error}")
+            self._fast = None
+            return False
+        return True
 
     def _portable_form(self) -> PortableAttention:
         """Returns the Triton kernels, for the visible device with the most multiprocessors."""
@@ -105,12 +138,8 @@ class PrefixAttention:
             # Imported here, so that the CPU path needs no Triton.
             from polarcache.kernels.attention.portable import PortableAttention
 
-            num_sms = max(
-                torch.cuda.get_device_properties(index).multi_processor_count
-                for index in range(torch.cuda.device_count())
-            )
             self._portable = PortableAttention.of(
-                self.codec, self.query_heads, self.options, num_sms
+                self.codec, self.query_heads, self.options, _most_processors()
             )
         return self._portable
 
@@ -131,3 +160,23 @@ class PrefixAttention:
         if out.dtype != torch.float32 or lse.dtype != torch.float32:
             raise ShapeError(f"out {out.dtype}, lse {lse.dtype}: expected float32")
         batch.check(rows, window=bool(self.options.window))
+
+
+@functools.cache
+def _most_processors() -> int:
+    """Returns the multiprocessors of the visible device that has most."""
+    return max(
+        torch.cuda.get_device_properties(index).multi_processor_count
+        for index in range(torch.cuda.device_count())
+    )
+
+
+@functools.cache
+def _warn_of_slow_form(reason: str) -> None:
+    """Warns once a process and reason."""
+    warnings.warn(
+        f"the fast form of attention is not to be had ({reason}); portable kernels serve, at a "
+        "fraction of its speed. Expected the packages cuda-bindings and nvidia-cuda-nvrtc",
+        RuntimeWarning,
+        stacklevel=2,
+    )

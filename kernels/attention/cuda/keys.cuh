@@ -24,27 +24,32 @@ __device__ __forceinline__ Radius radius_of(float minimum, float step) {
 __device__ __forceinline__ void derive(const uint8_t* parameters, uint8_t* derived, float scale,
                                        int lane) {
   if (lane >= kPairs / 2) return;
-  const int column = 2 * lane / kSteps, k = 2 * lane % kSteps;
-  const int at = (column & 3) * 2 * kSteps + 2 * k + (column >> 2);
-  const uint32_t minima = read<uint32_t>(parameters + 2 * kPairs * ARCS + 4 * lane);
-  const uint32_t steps = read<uint32_t>(parameters + 2 * kPairs * (ARCS + 1) + 4 * lane);
-  const Radius first = radius_of(low_half(minima), low_half(steps));
-  const Radius second = radius_of(high_half(minima), high_half(steps));
 #if ARCS
-  const uint32_t arcs = read<uint32_t>(parameters + 4 * lane);
+  const uint32_t high = read<unsigned short>(parameters + 2 * lane);
+  const uint32_t low = read<unsigned short>(parameters + kPairs + 2 * lane);
+  const uint32_t minima = read<uint32_t>(parameters + 2 * kPairs + 4 * lane);
+  const uint32_t steps = read<uint32_t>(parameters + 4 * kPairs + 4 * lane);
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const uint32_t arc = i ? arcs >> 16 : arcs & 0xFFFFu;
-    const Radius radius = i ? second : first;
+    const uint32_t arc = ((high >> (8 * i) & 255) << 8) | (low >> (8 * i) & 255);
+    const Radius radius = radius_of(i ? high_half(minima) : low_half(minima),
+                                    i ? high_half(steps) : low_half(steps));
     const float start = (arc >> 4) * (6.283185307179586f / 4096.f);
     const float y = radius.y * (scale / kRadiusUnit);
     const uint32_t wide = min(arc & 15u, 8u);
-    write(derived + 4 * (at + 2 * i), pack_half2(y * __cosf(start), y * __sinf(start)));
-    write(derived + 4 * kPairs + 2 * (at + 2 * i), static_cast<unsigned short>(radius.x));
-    write(derived + 6 * kPairs + 2 * (at + 2 * i),
+    const int p = 2 * lane + i, at = (p & 3) * 2 * kSteps + (p >> 3) * 2 + ((p >> 2) & 1);
+    write(derived + 4 * at, pack_half2(y * __cosf(start), y * __sinf(start)));
+    write(derived + 4 * kPairs + 2 * at, static_cast<unsigned short>(radius.x));
+    write(derived + 6 * kPairs + 2 * at,
           static_cast<unsigned short>(((wide & 3) | (wide >> 2) << 6) * 0x0101));
   }
 #else
+  const int column = 2 * lane / kSteps, k = 2 * lane % kSteps;
+  const uint32_t minima = read<uint32_t>(parameters + 4 * lane);
+  const uint32_t steps = read<uint32_t>(parameters + 2 * kPairs + 4 * lane);
+  const Radius first = radius_of(low_half(minima), low_half(steps));
+  const Radius second = radius_of(high_half(minima), high_half(steps));
+  const int at = (column & 3) * 2 * kSteps + 2 * k + (column >> 2);
   write(derived + 2 * at, static_cast<unsigned short>(first.x));
   write(derived + 2 * at + 4, static_cast<unsigned short>(second.x));
   write(derived + 2 * kPairs + 8 * lane, make_float2(first.y * scale, second.y * scale));

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +11,7 @@ from polarcache.kernels import BlockShape, Profile
 from polarcache.kernels.attention.fast import FastDecode
 from polarcache.kernels.attention.options import AttentionOptions
 from polarcache.kernels.codec import Codec
+from tests.kernels.attention.reference import store
 
 SMS = 132
 MACROS = {
@@ -144,3 +146,27 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert compiler.compile_source("decode.cu", MACROS, "sm_90").startswith(b"\x7fELF")
+
+
+def test_without_the_compiler_the_portable_form_serves_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from polarcache.kernels.attention import prefix
+
+    attention = prefix.PrefixAttention(codec_of("k=pair:r4t4,v=int4"), 32)
+    prefix._warn_of_slow_form.cache_clear()
+    stored = store(attention.codec, [128], [1])
+    query = torch.zeros(1, 32, 128)
+    out, lse = torch.empty(1, 32, 128), torch.empty(1, 32)
+
+    def launch(*_: object) -> None:
+        raise ImportError("No module named 'cuda'")
+
+    monkeypatch.setattr(FastDecode, "launch", launch)
+    with pytest.warns(RuntimeWarning, match=r"portable kernels serve.*cuda-bindings"):
+        assert not attention._launched_fast(query, stored.batch, out, lse, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not attention._launched_fast(query, stored.batch, out, lse, None)
+        again = prefix.PrefixAttention(attention.codec, 32)
+        assert not again._launched_fast(query, stored.batch, out, lse, None)
