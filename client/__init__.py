@@ -11,6 +11,8 @@
 """
 
 from polarcache.client._async import AsyncClient
+from polarcache.client._async_attend import AsyncAttendStream
+from polarcache.client._attend import AttendStream, AttendTiming
 from polarcache.client._channel import DEFAULT_ENDPOINT
 from polarcache.client._sync import Client
 from polarcache.client._types import (
@@ -26,7 +28,10 @@ from polarcache.proto.malloc import keep_freed_memory
 
 __all__ = [
     "DEFAULT_ENDPOINT",
+    "AsyncAttendStream",
     "AsyncClient",
+    "AttendStream",
+    "AttendTiming",
     "Client",
     "KvLayout",
     "Match",

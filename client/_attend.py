@@ -1,0 +1,308 @@
+"""Remote attention: a stream over which a worker attends to a prefix that it never downloads."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import grpc
+
+from polarcache.client._attend_links import AttendLink, GrpcAttendLink, LocalAttendLink
+from polarcache.client._transport import BlockTransport
+from polarcache.client._types import Match
+from polarcache.client._watchdog import Watchdog
+from polarcache.proto.attend_frames import raise_refusal
+from polarcache.proto.errors import InternalError, InvalidRequestError, PolarCacheError
+from polarcache.proto.layout import DTYPE_BYTES
+from polarcache.proto.tensors import tensor_bytes
+from polarcache.proto.v1 import polarcache_pb2 as pb
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["AttendOpener", "AttendSpec", "AttendStream", "AttendTiming"]
+
+_log = logging.getLogger(__name__)
+_DTYPES = {
+    "float16": pb.DTYPE_FLOAT16,
+    "bfloat16": pb.DTYPE_BFLOAT16,
+    "float32": pb.DTYPE_FLOAT32,
+}
+# Shared memory of a stream: so many query tokens at a time, within so many bytes.
+_REGION_TOKENS = 64
+_REGION_BYTES = 4 << 20
+_PAGE_BYTES = 4096
+# Of a request's deadline, what it may wait in the service's queue: the rest is for the answer.
+_QUEUE_SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class AttendTiming:
+    """Where the time of a request went in the service.
+
+    Attributes:
+        queue_ns: Waiting for its launch, nanoseconds.
+        kernel_ns: The kernel of its launch, nanoseconds.
+        batch_requests: Requests that the launch computed.
+    """
+
+    queue_ns: int
+    kernel_ns: int
+    batch_requests: int
+
+
+@dataclass(frozen=True, slots=True)
+class AttendSpec:
+    """What to attend to and how; see `Client.attend`."""
+
+    match: Match
+    query_heads: int
+    query_dtype: str
+    prefix_tokens: int
+    scale: float
+    soft_cap: float
+    window: int
+    sink_tokens: int
+
+    def begin(self) -> pb.AttendBegin:
+        """The first message.
+
+        Raises:
+            InvalidRequestError: A value is out of range, or the match has no lease.
+        """
+        if not self.match.lease_id:
+            raise InvalidRequestError("the lookup found nothing or took no lease")
+        if self.query_dtype not in _DTYPES:
+            raise InvalidRequestError(
+                f"query_dtype must be one of {list(_DTYPES)}, got {self.query_dtype!r}"
+            )
+        try:
+            return pb.AttendBegin(
+                namespace_id=self.match.namespace.namespace_id,
+                lease_id=self.match.lease_id,
+                prefix_tokens=self.prefix_tokens,
+                num_q_heads=self.query_heads,
+                query_dtype=_DTYPES[self.query_dtype],
+                scale=self.scale,
+                logit_soft_cap=self.soft_cap,
+                sliding_window=self.window,
+                sink_tokens=self.sink_tokens,
+            )
+        except (ValueError, TypeError) as error:
+            raise InvalidRequestError(f"an argument is out of range: {error}") from error
+
+    @property
+    def token_bytes(self) -> tuple[int, int, int]:
+        """Bytes of one token's queries, out and lse."""
+        layout = self.match.namespace.spec.layout
+        return (
+            self.query_heads * layout.head_dim * DTYPE_BYTES[self.query_dtype],
+            self.query_heads * layout.v_head_dim * 4,
+            self.query_heads * 4,
+        )
+
+
+class AttendStream:
+    """Attends to one prefix, which the service holds in memory until the stream is closed.
+
+    Made by `Client.attend`; use it in a `with` statement. Thread-safe: one request at a time.
+
+    Attributes:
+        prefix_tokens: Stored tokens that every query attends to.
+        is_local: Whether tensors travel in shared memory.
+        timing: Of the last request, None before it.
+    """
+
+    def __init__(self, spec: AttendSpec, link: AttendLink, ready: pb.AttendReady, timeout_s: float):
+        self.prefix_tokens = ready.prefix_tokens
+        self.is_local = isinstance(link, LocalAttendLink)
+        self.timing: AttendTiming | None = None
+        self._spec = spec
+        self._link = link
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._failure: PolarCacheError | None = None
+        self._last_id = 0
+        query_bytes, out_bytes, lse_bytes = spec.token_bytes
+        longest = link.max_tokens(max(query_bytes, out_bytes + lse_bytes))
+        self._max_tokens = min(ready.max_request_tokens, longest)
+
+    def __enter__(self) -> AttendStream:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the stream; the service lets go of the prefix."""
+        if self._failure is None:
+            self._failure = InvalidRequestError("the stream is closed")
+        self._link.close()
+
+    def attend(
+        self,
+        layer: int,
+        queries: torch.Tensor,
+        position: int | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of some queries over one layer of the stored prefix.
+
+        Every stored token precedes every query, so nothing is masked but by the window.
+
+        Args:
+            layer: Layer.
+            queries: [T, Hq, D] in `query_dtype`, RoPE applied, on any device.
+            position: Position of the first query in its sequence; needed with a window.
+            timeout_s: Deadline, seconds; None for the stream's.
+
+        Returns:
+            (out fp32 [T, Hq, Dv], lse fp32 [T, Hq]) on the device of the queries: the natural
+            logarithm of the sum of exp of the scores, -inf with out 0 where a query sees no
+            token. `polarcache.kernels.attention.merge.merge_states` merges it with the rest.
+
+        Raises:
+            InvalidRequestError: The tensor, the layer or the position does not fit.
+            CapacityError: Too many requests wait in the service; the stream goes on.
+            DeadlineError: No answer in time.
+            ServiceUnavailableError: The service is gone.
+        """
+        import numpy as np
+        import torch
+
+        spec = self._spec
+        layout = spec.match.namespace.spec.layout
+        rest = (spec.query_heads, layout.head_dim)
+        if queries.dim() != 3 or tuple(queries.shape[1:]) != rest or not queries.shape[0]:
+            raise InvalidRequestError(f"queries {tuple(queries.shape)}: expected [tokens, *{rest}]")
+        if queries.dtype != getattr(torch, spec.query_dtype):
+            raise InvalidRequestError(f"queries {queries.dtype}: expected {spec.query_dtype}")
+        if not 0 <= layer < layout.num_layers or (position or 0) < 0:
+            raise InvalidRequestError(
+                f"layer {layer}, position {position}: expected a layer below "
+                f"{layout.num_layers} and no negative position"
+            )
+        num_tokens = queries.shape[0]
+        out = np.empty((num_tokens, spec.query_heads, layout.v_head_dim), np.float32)
+        lse = np.empty((num_tokens, spec.query_heads), np.float32)
+        source = tensor_bytes(queries.cpu().contiguous())
+        self._run(
+            layer, source, position, out.data.cast("B"), lse.data.cast("B"),
+            timeout_s or self._timeout_s,
+        )  # fmt: skip
+        device = queries.device
+        return torch.from_numpy(out).to(device), torch.from_numpy(lse).to(device)
+
+    def _run(
+        self,
+        layer: int,
+        queries: memoryview,
+        position: int | None,
+        out: memoryview,
+        lse: memoryview,
+        timeout_s: float,
+    ) -> None:
+        """Sends the queries in requests of at most `_max_tokens`, one after the other."""
+        query_bytes, out_bytes, lse_bytes = self._spec.token_bytes
+        num_tokens = len(queries) // query_bytes
+        with self._lock:
+            for first in range(0, num_tokens, self._max_tokens):
+                end = min(first + self._max_tokens, num_tokens)
+                request = pb.AttendRequest(
+                    layer=layer,
+                    num_tokens=end - first,
+                    position=None if position is None else position + first,
+                    timeout_ms=max(1, int(timeout_s * 1000 * _QUEUE_SHARE)),
+                )
+                got_out, got_lse = self._call(
+                    request, queries[first * query_bytes : end * query_bytes], timeout_s
+                )
+                out[first * out_bytes : end * out_bytes] = got_out
+                lse[first * lse_bytes : end * lse_bytes] = got_lse
+
+    def _call(
+        self, request: pb.AttendRequest, queries: memoryview, timeout_s: float
+    ) -> tuple[memoryview, memoryview]:
+        if self._failure is not None:
+            raise type(self._failure)(str(self._failure))
+        self._last_id += 1
+        request.request_id = self._last_id
+        _, out_bytes, lse_bytes = self._spec.token_bytes
+        expected = (request.num_tokens * out_bytes, request.num_tokens * lse_bytes)
+        try:
+            response, out, lse = self._link.call(request, queries, expected, timeout_s)
+            if response.request_id != self._last_id:
+                raise InternalError(
+                    f"the service answered request {response.request_id}, not {self._last_id}"
+                )
+        except PolarCacheError as error:
+            self._failure = error
+            raise
+        except BaseException:
+            # The answer is still to come: what follows would take it for its own.
+            self._failure = InternalError("the stream was interrupted; open another")
+            raise
+        raise_refusal(response)
+        if (len(out), len(lse)) != expected:
+            raise InternalError(f"out and lse of {len(out)} and {len(lse)} bytes; not {expected}")
+        self.timing = AttendTiming(response.queue_ns, response.kernel_ns, response.batch_requests)
+        return out, lse
+
+
+class AttendOpener:
+    """Opens streams: in shared memory where there is a service on the same host, else over gRPC.
+
+    Args:
+        channel: The gRPC channel to the service.
+        transport: Knows the local socket.
+        open_timeout_s: Deadline of opening, which may bring blocks from Redis, seconds.
+    """
+
+    def __init__(
+        self, channel: grpc.Channel, transport: BlockTransport, open_timeout_s: float
+    ) -> None:
+        self._method = channel.stream_stream("/polarcache.v1.KvCache/Attend")
+        self._transport = transport
+        self._open_timeout_s = open_timeout_s
+        self._watchdog = Watchdog()
+
+    def open(self, spec: AttendSpec, timeout_s: float) -> AttendStream:
+        """Opens a stream.
+
+        Args:
+            spec: What to attend to and how.
+            timeout_s: Deadline of its requests, seconds.
+
+        Raises:
+            PolarCacheError: The service refused, or did not answer.
+        """
+        begin = spec.begin()
+        link: AttendLink = self._local_link(spec) or GrpcAttendLink(self._method, self._watchdog)
+        try:
+            ready = link.open(begin, self._open_timeout_s)
+        except BaseException:
+            link.close()
+            raise
+        return AttendStream(spec, link, ready, timeout_s)
+
+    def _local_link(self, spec: AttendSpec) -> LocalAttendLink | None:
+        address = self._transport.local_address()
+        if address is None:
+            return None
+        query_bytes, out_bytes, lse_bytes = spec.token_bytes
+        token_bytes = max(query_bytes, out_bytes + lse_bytes)
+        num_bytes = max(token_bytes, min(token_bytes * _REGION_TOKENS, _REGION_BYTES))
+        try:
+            return LocalAttendLink(*address, -(-num_bytes // _PAGE_BYTES) * _PAGE_BYTES)
+        except OSError as error:
+            _log.info("attention goes over gRPC: %s", error)
+            return None

@@ -1,0 +1,150 @@
+"""Frames of the Attend stream: protobuf messages whose tensors are never parsed.
+
+As in `polarcache.proto.frames`, a frame is an ordinary serialized `AttendRequest` or
+`AttendResponse`, which any language's stub reads and writes. Here the tensors (fields 14 and 15)
+are written after the message and sliced out of the received bytes as buffers.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
+
+from polarcache.proto import errors
+from polarcache.proto.errors import InvalidRequestError
+from polarcache.proto.frames import Buffer
+from polarcache.proto.v1 import polarcache_pb2 as pb
+
+__all__ = [
+    "join_request",
+    "join_response",
+    "raise_refusal",
+    "refusal",
+    "split_request",
+    "split_response",
+]
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+_OUT_TAG, _LSE_TAG, _QUERIES_TAG = 14 << 3 | 2, 15 << 3 | 2, 15 << 3 | 2
+_FIXED_BYTES = {1: 8, 5: 4}
+_NOTHING = memoryview(b"")
+
+
+def join_request(message: pb.AttendRequest, queries: Buffer) -> bytes:
+    """Serializes a request and its queries, which the message leaves unset."""
+    return b"".join((message.SerializeToString(), _start(_QUERIES_TAG, len(queries)), queries))
+
+
+def join_response(message: pb.AttendResponse, out: Buffer, lse: Buffer) -> bytes:
+    """Serializes a response and its tensors, which the message leaves unset."""
+    return b"".join(
+        (
+            message.SerializeToString(),
+            _start(_OUT_TAG, len(out)),
+            out,
+            _start(_LSE_TAG, len(lse)),
+            lse,
+        )
+    )
+
+
+def split_request(frame: bytes) -> tuple[pb.AttendRequest, memoryview]:
+    """Parses a request without copying its queries.
+
+    Returns:
+        The request without its queries, and them as a view into `frame`, empty where they are
+        missing.
+
+    Raises:
+        InvalidRequestError: The bytes are no request.
+    """
+    message, tensors = _split(pb.AttendRequest, frame, (_QUERIES_TAG,))
+    return message, tensors.get(_QUERIES_TAG, _NOTHING)
+
+
+def split_response(frame: bytes) -> tuple[pb.AttendResponse, memoryview, memoryview]:
+    """Parses a response without copying its tensors.
+
+    Returns:
+        The response without `out` and `lse`, and both as views into `frame`, empty where they
+        are missing.
+
+    Raises:
+        InvalidRequestError: The bytes are no response.
+    """
+    message, tensors = _split(pb.AttendResponse, frame, (_OUT_TAG, _LSE_TAG))
+    return message, tensors.get(_OUT_TAG, _NOTHING), tensors.get(_LSE_TAG, _NOTHING)
+
+
+def refusal(request_id: int, error: errors.PolarCacheError) -> bytes:
+    """The response that tells a worker why a request has no answer."""
+    told = pb.AttendError(reason=type(error).__name__, message=str(error))
+    return pb.AttendResponse(request_id=request_id, error=told).SerializeToString()
+
+
+def raise_refusal(response: pb.AttendResponse) -> None:
+    """Raises the error that a response tells, if it does.
+
+    Raises:
+        PolarCacheError: The request was refused.
+    """
+    if response.HasField("error"):
+        reason = response.error.reason
+        error_class = getattr(errors, reason) if reason in errors.__all__ else errors.InternalError
+        raise error_class(response.error.message)
+
+
+def _split(
+    message_class: type[MessageT], frame: bytes, tags: tuple[int, ...]
+) -> tuple[MessageT, dict[int, memoryview]]:
+    view = memoryview(frame)
+    tensors: dict[int, memoryview] = {}
+    rest: list[memoryview] = []
+    kept_from = position = 0
+    try:
+        while position < len(frame):
+            start = position
+            tag, position = _read_varint(frame, position)
+            wire_type = tag & 7
+            if wire_type == 0:
+                _, position = _read_varint(frame, position)
+            elif wire_type == 2:
+                length, position = _read_varint(frame, position)
+                position += length
+                if tag in tags and position <= len(frame):
+                    tensors[tag] = view[position - length : position]
+                    rest.append(view[kept_from:start])
+                    kept_from = position
+            else:
+                position += _FIXED_BYTES[wire_type]
+        rest.append(view[kept_from:])
+        return message_class.FromString(b"".join(rest)), tensors
+    except (DecodeError, IndexError, KeyError) as error:
+        raise InvalidRequestError(f"malformed {message_class.__name__}: {error}") from error
+
+
+def _start(tag: int, length: int) -> bytes:
+    out = bytearray((tag,))
+    while length > 0x7F:
+        out.append(length & 0x7F | 0x80)
+        length >>= 7
+    out.append(length)
+    return bytes(out)
+
+
+def _read_varint(frame: bytes, position: int) -> tuple[int, int]:
+    byte = frame[position]
+    position += 1
+    if byte < 0x80:
+        return byte, position
+    value, shift = byte & 0x7F, 7
+    while shift < 64:
+        byte = frame[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, position
+        shift += 7
+    raise IndexError(f"a varint of more than ten bytes before byte {position}")
