@@ -75,7 +75,7 @@ class AttendSpec:
         """
         if not self.match.lease_id:
             raise InvalidRequestError("the lookup found nothing or took no lease")
-        if self.query_dtype not in _DTYPES:
+        if self.dtype not in _DTYPES:
             raise InvalidRequestError(
                 f"query_dtype must be one of {list(_DTYPES)}, got {self.query_dtype!r}"
             )
@@ -85,7 +85,7 @@ class AttendSpec:
                 lease_id=self.match.lease_id,
                 prefix_tokens=self.prefix_tokens,
                 num_q_heads=self.query_heads,
-                query_dtype=_DTYPES[self.query_dtype],
+                query_dtype=_DTYPES[self.dtype],
                 scale=self.scale,
                 logit_soft_cap=self.soft_cap,
                 sliding_window=self.window,
@@ -95,11 +95,16 @@ class AttendSpec:
             raise InvalidRequestError(f"an argument is out of range: {error}") from error
 
     @property
+    def dtype(self) -> str:
+        """Element type of the queries."""
+        return self.query_dtype or self.match.namespace.spec.layout.dtype
+
+    @property
     def token_bytes(self) -> tuple[int, int, int]:
         """Bytes of one token's queries, out and lse."""
         layout = self.match.namespace.spec.layout
         return (
-            self.query_heads * layout.head_dim * DTYPE_BYTES[self.query_dtype],
+            self.query_heads * layout.head_dim * DTYPE_BYTES[self.dtype],
             self.query_heads * layout.v_head_dim * 4,
             self.query_heads * 4,
         )
@@ -184,8 +189,8 @@ class AttendStream:
         rest = (spec.query_heads, layout.head_dim)
         if queries.dim() != 3 or tuple(queries.shape[1:]) != rest or not queries.shape[0]:
             raise InvalidRequestError(f"queries {tuple(queries.shape)}: expected [tokens, *{rest}]")
-        if queries.dtype != getattr(torch, spec.query_dtype):
-            raise InvalidRequestError(f"queries {queries.dtype}: expected {spec.query_dtype}")
+        if queries.dtype != getattr(torch, spec.dtype):
+            raise InvalidRequestError(f"queries {queries.dtype}: expected {spec.dtype}")
         if not 0 <= layer < layout.num_layers or (position or 0) < 0:
             raise InvalidRequestError(
                 f"layer {layer}, position {position}: expected a layer below "

@@ -318,14 +318,7 @@ class Client:
         """
         self._transport.service(self.describe)
         spec = AttendSpec(
-            match,
-            query_heads,
-            query_dtype or match.namespace.spec.layout.dtype,
-            prefix_tokens,
-            scale,
-            soft_cap,
-            window,
-            sink_tokens,
+            match, query_heads, query_dtype, prefix_tokens, scale, soft_cap, window, sink_tokens
         )
         return self._attention.open(spec, timeout_s or self._timeout_s)
 
