@@ -11,17 +11,22 @@ never longer than the window.
 
 from __future__ import annotations
 
-import logging
 import os
 import select
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Protocol
 
-from polarcache.cache_service.attend_compute import AttendCompute, LayerQuery
+from polarcache.cache_service.attend_compute import AttendCompute
 from polarcache.cache_service.attend_prefix import AttendKind
+from polarcache.cache_service.attend_queries import (
+    AttendStream,
+    Launch,
+    Turn,
+    WaitingQuery,
+    Watched,
+)
 from polarcache.cache_service.metrics import Counters
 from polarcache.cache_service.rpc import as_typed
 from polarcache.proto.errors import (
@@ -30,75 +35,14 @@ from polarcache.proto.errors import (
     PolarCacheError,
     ServiceUnavailableError,
 )
-from polarcache.proto.v1 import polarcache_pb2 as pb
 
-__all__ = ["AttendBatcher", "AttendStream", "Turn", "WaitingQuery", "Watched"]
+__all__ = ["AttendBatcher"]
 
-_log = logging.getLogger(__name__)
 # Query tokens of one launch, but for a single longer request: bounds the buffers.
 _MAX_LAUNCH_TOKENS = 1024
 _TICK_S = 0.5
 # Weight of the newest gap between an answer and the stream's next request.
 _GAP_WEIGHT = 0.25
-
-
-class AttendStream(Protocol):
-    """Whose requests they are. Called in the batcher's thread."""
-
-    def answer(
-        self, request: WaitingQuery, head: pb.AttendResponse, out: memoryview, lse: memoryview
-    ) -> None:
-        """Takes an answer, whose views are valid during the call."""
-
-    def refuse(self, request: WaitingQuery, error: PolarCacheError) -> None:
-        """Takes the news that a request has no answer."""
-
-
-class Watched(Protocol):
-    """A socket that the batcher reads. Called in the batcher's thread."""
-
-    def fileno(self) -> int:
-        """Its descriptor."""
-
-    def on_readable(self) -> None:
-        """Reads what is there."""
-
-    def on_tick(self, now_s: float) -> None:
-        """Looks at the clock, about twice a second."""
-
-    def on_close(self) -> None:
-        """The batcher closes."""
-
-
-class WaitingQuery(LayerQuery):
-    """A request that waits for its launch.
-
-    Attributes:
-        turn: Of which stream.
-        request_id: The worker's name for it.
-        arrived_s: When it came, on the monotonic clock.
-        deadline_s: When it is refused instead.
-    """
-
-    __slots__ = ("arrived_s", "deadline_s", "request_id", "turn")
-
-    turn: Turn
-    request_id: int
-    arrived_s: float
-    deadline_s: float
-
-
-class Turn:
-    """A stream as the batcher sees it."""
-
-    __slots__ = ("answered_s", "gap_s", "kind", "stream", "waiting")
-
-    def __init__(self, stream: AttendStream, kind: AttendKind) -> None:
-        self.stream = stream
-        self.kind = kind
-        self.waiting: deque[WaitingQuery] = deque()
-        self.answered_s = 0.0
-        self.gap_s = 0.0
 
 
 class AttendBatcher:
@@ -163,6 +107,7 @@ class AttendBatcher:
             CapacityError: Too many wait.
             ServiceUnavailableError: The service is shutting down.
         """
+        request.turn = turn
         with self._lock:
             self._check_open()
             if self._num_waiting >= self._max_waiting:
@@ -242,23 +187,23 @@ class AttendBatcher:
 
     def _run(self) -> None:
         compute = self._make_compute()
+        timeout_s = 0.0
         while not self._closed:
-            self._poll(self._idle_s())
-            for then in self._take_ended():
-                then()
-            self._gather()
-            batch = self._take_batch()
-            if batch:
-                self._serve(compute, batch)
+            self._poll(timeout_s)
+            if self._ended:
+                self._let_go()
+            timeout_s = self._wait_s()
+            if timeout_s == 0.0:
+                batch = self._take_batch()
+                if batch:
+                    self._serve(compute, batch)
         self._refuse_all()
 
-    def _idle_s(self) -> float:
-        """How long to wait for news: until the next tick, or not at all while requests wait."""
-        with self._lock:
-            self._is_polling = not self._turns and not self._closed and not self._ended
-            return max(0.0, self._next_tick_s - time.monotonic()) if self._is_polling else 0.0
-
     def _poll(self, timeout_s: float) -> None:
+        if 0.0 < timeout_s <= self._window_s:
+            # `epoll` counts milliseconds; its descriptor is one that `select` can wait for.
+            select.select([self._epoll.fileno()], [], [], timeout_s)
+            timeout_s = 0.0
         events = self._epoll.poll(timeout_s)
         self._is_polling = False
         for fd, _ in events:
@@ -272,41 +217,37 @@ class AttendBatcher:
             for watched in list(self._watched.values()):
                 watched.on_tick(now_s)
 
-    def _take_ended(self) -> list[Callable[[], object]]:
-        with self._lock:
-            self._is_polling = False
-            ended, self._ended = self._ended, []
-            return ended
-
-    def _gather(self) -> None:
-        """Waits for streams that are due, within the window of the request whose turn it is."""
-        while (wait_s := self._wait_s()) > 0:
-            # An epoll descriptor is itself one to wait for, and `select` counts microseconds.
-            select.select([self._epoll.fileno()], [], [], wait_s)
-            self._poll(0)
-
     def _wait_s(self) -> float:
+        """How long to wait for news before the next launch, if there is one."""
         with self._lock:
-            if not self._turns or not self._window_s:
-                return 0.0
-            first = next(iter(self._turns))
-            streams = self._streams.get(first.kind, {})
-            num_here = sum(1 for turn in self._turns if turn.kind == first.kind)
-            if num_here >= min(len(streams), self._max_batch):
+            if self._ended or self._closed:
                 return 0.0
             now_s = time.monotonic()
-            end_s = first.waiting[0].arrived_s + self._window_s
-            if now_s >= end_s:
-                return 0.0
-            due_s = [
-                turn.answered_s + turn.gap_s
-                for turn in streams
-                if turn.answered_s and not turn.waiting
-            ]
-            # One that is long overdue is not coming; one that is late by a window may.
-            is_due = any(now_s - self._window_s <= due <= end_s for due in due_s)
-            self._is_polling = is_due
-            return end_s - now_s if is_due else 0.0
+            if not self._turns:
+                self._is_polling = True
+                return max(0.001, self._next_tick_s - now_s)
+            wait_s = self._window_left_s(now_s)
+            self._is_polling = wait_s > 0.0
+            return wait_s
+
+    def _window_left_s(self, now_s: float) -> float:
+        """How long the launch whose turn it is may wait; 0 when no other stream is due."""
+        first = next(iter(self._turns))
+        streams = self._streams.get(first.kind, {})
+        end_s = first.waiting[0].arrived_s + self._window_s
+        if len(streams) == 1 or now_s >= end_s:
+            return 0.0
+        num_here = sum(1 for turn in self._turns if turn.kind is first.kind)
+        if num_here >= min(len(streams), self._max_batch):
+            return 0.0
+        # One that is overdue by more than the window is not coming.
+        start_s = now_s - self._window_s
+        is_due = any(
+            start_s <= turn.answered_s + turn.gap_s <= end_s
+            for turn in streams
+            if turn.answered_s and not turn.waiting
+        )
+        return end_s - now_s if is_due else 0.0
 
     def _take_batch(self) -> list[WaitingQuery]:
         """The requests of the next launch; the expired are refused."""
@@ -315,18 +256,18 @@ class AttendBatcher:
         num_tokens = 0
         now_s = time.monotonic()
         with self._lock:
-            self._is_polling = False
             for turn in list(self._turns):
-                while turn.waiting and turn.waiting[0].deadline_s <= now_s:
-                    expired.append(turn.waiting.popleft())
-                if turn.waiting:
-                    request = turn.waiting[0]
+                waiting = turn.waiting
+                while waiting and waiting[0].deadline_s <= now_s:
+                    expired.append(waiting.popleft())
+                if waiting:
+                    request = waiting[0]
                     fits = num_tokens + request.num_tokens <= _MAX_LAUNCH_TOKENS
                     if not batch or (fits and request.launch_key == batch[0].launch_key):
-                        batch.append(turn.waiting.popleft())
+                        batch.append(waiting.popleft())
                         num_tokens += request.num_tokens
                         self._turns.move_to_end(turn)
-                if not turn.waiting:
+                if not waiting:
                     del self._turns[turn]
                 if len(batch) == self._max_batch:
                     break
@@ -337,6 +278,8 @@ class AttendBatcher:
         return batch
 
     def _serve(self, compute: AttendCompute, batch: list[WaitingQuery]) -> None:
+        # Equal company gets equal order, whoever came first: its plan is found again.
+        batch.sort(key=lambda request: request.prefix.identity)
         start_s = time.monotonic()
         try:
             computed = compute.run(batch)
@@ -345,26 +288,28 @@ class AttendBatcher:
             for request in batch:
                 self._refuse(request, typed)
             return
-        num_requests = len(batch)
-        queue_ns = 0
-        head = pb.AttendResponse(kernel_ns=computed.kernel_ns, batch_requests=num_requests)
+        launch = Launch(start_s, computed.kernel_ns, len(batch))
+        answered_s = time.monotonic()
         for request, (out, lse) in zip(batch, computed.answers, strict=True):
-            waited_ns = int((start_s - request.arrived_s) * 1e9)
-            queue_ns += waited_ns
-            head.request_id, head.queue_ns = request.request_id, waited_ns
-            request.turn.answered_s = time.monotonic()
-            request.turn.stream.answer(request, head, out, lse)
+            request.turn.answered_s = answered_s
+            request.turn.stream.answer(request, launch, out, lse)
         counters = self._counters
         counters.add("attend_batches_total")
-        counters.add("attend_requests_total", num_requests)
+        counters.add("attend_requests_total", len(batch))
         counters.add("attend_query_tokens_total", sum(one.num_tokens for one in batch))
-        counters.add("attend_queue_ns_total", queue_ns)
-        counters.add("attend_kernel_ns_total", computed.kernel_ns)
+        counters.add("attend_queue_ns_total", sum(one.queue_ns(launch) for one in batch))
+        counters.add("attend_kernel_ns_total", launch.kernel_ns)
 
     def _refuse(self, request: WaitingQuery, error: PolarCacheError) -> None:
         self._counters.add("attend_refused_requests_total")
         request.turn.answered_s = time.monotonic()
         request.turn.stream.refuse(request, error)
+
+    def _let_go(self) -> None:
+        with self._lock:
+            ended, self._ended = self._ended, []
+        for then in ended:
+            then()
 
     def _refuse_all(self) -> None:
         with self._lock:
@@ -378,8 +323,7 @@ class AttendBatcher:
             self._refuse(request, ServiceUnavailableError("the service is shutting down"))
         for one in watched:
             one.on_close()
-        for then in self._take_ended():
-            then()
+        self._let_go()
 
     def _wake(self) -> None:
         self._is_polling = False

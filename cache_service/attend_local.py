@@ -12,10 +12,18 @@ import struct
 import threading
 import time
 
-from polarcache.cache_service.attend_batcher import WaitingQuery
+from polarcache.cache_service.attend_queries import Launch, WaitingQuery
 from polarcache.cache_service.attention import Attention, OpenPrefix
 from polarcache.cache_service.rpc import as_typed
-from polarcache.proto.attend_frames import refusal, split_request
+from polarcache.proto.attend_doorbells import (
+    ANSWER,
+    ANSWER_FIELDS,
+    ASK,
+    LENGTH,
+    REFUSAL,
+    REFUSAL_ID,
+)
+from polarcache.proto.attend_frames import split_request
 from polarcache.proto.errors import (
     DeadlineError,
     InvalidRequestError,
@@ -23,14 +31,15 @@ from polarcache.proto.errors import (
     ServiceUnavailableError,
 )
 from polarcache.proto.local import ERROR, FRAME, error_body, send_body
-from polarcache.proto.v1 import polarcache_pb2 as pb
 
 __all__ = ["LocalAttendStream"]
 
 _log = logging.getLogger(__name__)
-_LENGTH = struct.Struct("<I")
 _RECEIVE_BYTES = 1 << 14
-_MAX_FRAME_BYTES = 1 << 12
+_ASK_BYTES = LENGTH.size + ASK.size
+_ASK = struct.Struct("<I" + ASK.format.lstrip("<"))
+_ANSWER = struct.Struct("<Ic" + ANSWER_FIELDS.format.lstrip("<"))
+_ANSWER_BYTES = len(ANSWER) + ANSWER_FIELDS.size
 
 
 class LocalAttendStream:
@@ -75,6 +84,7 @@ class LocalAttendStream:
         try:
             send_body(self._connection, FRAME, self._opened.ready())
             self._connection.setblocking(False)
+            self._heard_s = time.monotonic()
             self._attention.batcher.watch(self)
             self._over.wait()
         except ServiceUnavailableError as error:
@@ -95,26 +105,19 @@ class LocalAttendStream:
             chunk = self._connection.recv(_RECEIVE_BYTES)
         except BlockingIOError:
             return
-        except OSError:
+        except OSError as error:
+            _log.debug("local worker left: %s", error)
             chunk = b""
         if not chunk:
             self._end(None)
             return
         self._heard_s = time.monotonic()
-        received = self._received + chunk
+        received = self._received + chunk if self._received else chunk
         start = 0
         try:
-            while len(received) - start >= _LENGTH.size:
-                (length,) = _LENGTH.unpack_from(received, start)
-                if length > _MAX_FRAME_BYTES:
-                    raise InvalidRequestError(
-                        f"a request of {length} bytes; at most {_MAX_FRAME_BYTES} were expected"
-                    )
-                end = start + _LENGTH.size + length
-                if end > len(received):
-                    break
-                self._take(received[start + _LENGTH.size : end])
-                start = end
+            while len(received) - start >= _ASK_BYTES:
+                self._take(*_ASK.unpack_from(received, start))
+                start += _ASK_BYTES
         except PolarCacheError as error:
             self._end(error)
             return
@@ -130,55 +133,82 @@ class LocalAttendStream:
         self._end(ServiceUnavailableError("the service is shutting down"))
 
     def answer(
-        self, request: WaitingQuery, head: pb.AttendResponse, out: memoryview, lse: memoryview
+        self, request: WaitingQuery, launch: Launch, out: memoryview, lse: memoryview
     ) -> None:
         """Writes an answer to the worker's memory and rings."""
         start = self._places.pop(request.request_id)
         end = start + len(out)
         self._memory[start:end] = out
         self._memory[end : end + len(lse)] = lse
-        self._ring(head.SerializeToString())
+        self._ring(
+            _ANSWER.pack(
+                _ANSWER_BYTES,
+                ANSWER,
+                request.request_id,
+                request.queue_ns(launch),
+                launch.kernel_ns,
+                launch.num_requests,
+            )
+        )
 
     def refuse(self, request: WaitingQuery, error: PolarCacheError) -> None:
         """Tells the worker that a request has no answer."""
-        self._places.pop(request.request_id, None)
-        self._ring(refusal(request.request_id, error))
+        self._refuse(request.request_id, error)
 
-    def _take(self, frame: bytes) -> None:
-        request, queries = split_request(frame)
+    def _refuse(self, request_id: int, error: PolarCacheError) -> None:
+        self._places.pop(request_id, None)
+        self._ring(_body(REFUSAL, REFUSAL_ID.pack(request_id) + error_body(error)))
+
+    def _take(
+        self,
+        body_bytes: int,
+        request_id: int,
+        layer: int,
+        num_tokens: int,
+        position: int,
+        timeout_ms: int,
+        offset: int,
+        length: int,
+    ) -> None:
         opened = self._opened
-        if opened is None or queries or request.request_id in self._places:
+        if opened is None or body_bytes != ASK.size or request_id in self._places:
             raise InvalidRequestError(
-                f"request {request.request_id} has its queries in the message, or its id is in use"
+                f"request {request_id} is of {body_bytes} bytes, or its id is in use; "
+                f"{ASK.size} bytes and an id of its own were expected"
             )
+        prefix = opened.prefix
+        num_query_bytes = num_tokens * prefix.query_token_bytes
+        num_answer_bytes = num_tokens * prefix.answer_token_bytes
         try:
-            start, length = request.region.offset, request.region.length
-            num_query_bytes = request.num_tokens * opened.prefix.query_token_bytes
-            num_answer_bytes = request.num_tokens * opened.prefix.answer_token_bytes
-            if length < max(num_query_bytes, num_answer_bytes):
+            if length < num_query_bytes or length < num_answer_bytes:
                 raise InvalidRequestError(
                     f"a place of {length} bytes: queries of {num_query_bytes} and an answer of "
                     f"{num_answer_bytes} must fit"
                 )
-            if start + length > len(self._memory):
+            if offset + length > len(self._memory):
                 raise InvalidRequestError(
-                    f"bytes {start} to {start + length} are outside of the shared memory of "
+                    f"bytes {offset} to {offset + length} are outside of the shared memory of "
                     f"{len(self._memory)} bytes"
                 )
-            queries = self._memory[start : start + num_query_bytes]
-            self._places[request.request_id] = start
-            opened.submit(self, request, queries)
+            self._places[request_id] = offset
+            opened.submit(
+                self,
+                self._memory[offset : offset + num_query_bytes],
+                request_id=request_id,
+                layer=layer,
+                num_tokens=num_tokens,
+                position=position if position >= 0 else None,
+                timeout_ms=timeout_ms,
+            )
         except PolarCacheError as error:
-            self._places.pop(request.request_id, None)
-            self._ring(refusal(request.request_id, error))
+            self._refuse(request_id, error)
 
-    def _ring(self, frame: bytes) -> None:
-        if not self._send(FRAME, frame):
+    def _ring(self, body: bytes) -> None:
+        if not self._send(body):
             self._end(None)
 
-    def _send(self, kind: bytes, frame: bytes) -> bool:
+    def _send(self, body: bytes) -> bool:
         """Sends without waiting; False when the worker does not read, or is gone."""
-        body = b"".join((_LENGTH.pack(len(kind) + len(frame)), kind, frame))
         try:
             return self._connection.send(body) == len(body)
         except OSError as error:
@@ -190,6 +220,10 @@ class LocalAttendStream:
             return
         self._attention.batcher.unwatch(self._connection.fileno())
         if error is not None:
-            self._send(ERROR, error_body(error))
+            self._send(_body(ERROR, error_body(error)))
         # From here on the connection's thread may close it.
         self._over.set()
+
+
+def _body(kind: bytes, rest: bytes) -> bytes:
+    return b"".join((LENGTH.pack(len(kind) + len(rest)), kind, rest))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -27,21 +29,21 @@ _QUERY_DTYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class AttendKind:
-    """What must be equal for requests to be computed in one launch.
+    """What must be the same for requests to be computed in one launch: one object for each kind.
 
     Attributes:
-        namespace_id: Namespace of the prefix.
         query_heads: Query heads, Hq.
         query_dtype: Element type of the queries.
         options: How scores become weights.
+        attention: Computes them.
     """
 
-    namespace_id: bytes
     query_heads: int
     query_dtype: torch.dtype
     options: AttentionOptions
+    attention: PrefixAttention
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,6 +56,11 @@ class HeldPrefix:
         num_tokens: Tokens to attend to.
         page_units: int32 [pages], first byte of each page in the pool, in units of 256 bytes.
         identity: Equal for prefixes of equal pages and tokens.
+        slice_bytes: Bytes of one layer of a page.
+        head_dim: Channels of a query, D.
+        v_head_dim: Channels of a value, Dv.
+        query_token_bytes: Bytes of the queries of one token.
+        answer_token_bytes: Bytes of `out` and `lse` of one token.
         pinned: The blocks.
         lease: The lease that is kept from expiring.
     """
@@ -63,19 +70,13 @@ class HeldPrefix:
     num_tokens: int
     page_units: npt.NDArray[np.int32]
     identity: bytes
+    slice_bytes: int
+    head_dim: int
+    v_head_dim: int
+    query_token_bytes: int
+    answer_token_bytes: int
     pinned: Pinned
     lease: Lease
-
-    @property
-    def query_token_bytes(self) -> int:
-        """Bytes of the queries of one token."""
-        head_dim = self.namespace.spec.layout.head_dim
-        return self.kind.query_heads * head_dim * self.kind.query_dtype.itemsize
-
-    @property
-    def answer_token_bytes(self) -> int:
-        """Bytes of `out` and `lse` of one token."""
-        return self.kind.query_heads * (self.namespace.spec.layout.v_head_dim + 1) * 4
 
 
 class PrefixHolder:
@@ -89,6 +90,9 @@ class PrefixHolder:
     def __init__(self, store: BlockStore, namespaces: NamespaceRegistry) -> None:
         self._store = store
         self._namespaces = namespaces
+        self._lock = threading.Lock()
+        # Those of open streams: a worker can ask for any number of them.
+        self._kinds: WeakValueDictionary[object, AttendKind] = WeakValueDictionary()
 
     def hold(self, begin: pb.AttendBegin) -> HeldPrefix:
         """Brings a leased prefix into memory and holds it, and the lease, until `let_go`.
@@ -100,7 +104,7 @@ class PrefixHolder:
             BlockNotFoundError: A block is gone; the message names it.
         """
         namespace = self._namespaces.get(begin.namespace_id)
-        kind = _kind(begin, namespace)
+        kind = self._kind(begin, namespace)
         lease = self._store.memory.hold_lease(namespace.namespace_id, begin.lease_id)
         try:
             return self._hold(begin.prefix_tokens, kind, namespace, lease)
@@ -135,24 +139,42 @@ class PrefixHolder:
         offsets = [entry.page.offset // PAGE_UNIT_BYTES for entry in pinned.entries]
         units = np.array(offsets, dtype=np.int32)
         identity = num_tokens.to_bytes(4, "little") + units.tobytes()
-        return HeldPrefix(kind, namespace, num_tokens, units, identity, pinned, lease)
-
-
-def _kind(begin: pb.AttendBegin, namespace: Namespace) -> AttendKind:
-    if begin.query_dtype not in _QUERY_DTYPES:
-        raise InvalidRequestError(
-            f"query_dtype {begin.query_dtype}: expected FLOAT16, BFLOAT16 or FLOAT32"
+        layout = namespace.spec.layout
+        return HeldPrefix(
+            kind=kind,
+            namespace=namespace,
+            num_tokens=num_tokens,
+            page_units=units,
+            identity=identity,
+            slice_bytes=namespace.codec.packed.slice_bytes,
+            head_dim=layout.head_dim,
+            v_head_dim=layout.v_head_dim,
+            query_token_bytes=kind.query_heads * layout.head_dim * kind.query_dtype.itemsize,
+            answer_token_bytes=kind.query_heads * (layout.v_head_dim + 1) * 4,
+            pinned=pinned,
+            lease=lease,
         )
-    try:
-        options = AttentionOptions(
-            scale=begin.scale,
-            soft_cap=begin.logit_soft_cap,
-            window=begin.sliding_window,
-            sink_tokens=begin.sink_tokens,
-        )
-        PrefixAttention(namespace.codec.kernel_codec, begin.num_q_heads, options)
-    except ShapeError as error:
-        raise InvalidRequestError(str(error)) from error
-    return AttendKind(
-        namespace.namespace_id, begin.num_q_heads, _QUERY_DTYPES[begin.query_dtype], options
-    )
+
+    def _kind(self, begin: pb.AttendBegin, namespace: Namespace) -> AttendKind:
+        if begin.query_dtype not in _QUERY_DTYPES:
+            raise InvalidRequestError(
+                f"query_dtype {begin.query_dtype}: expected FLOAT16, BFLOAT16 or FLOAT32"
+            )
+        try:
+            options = AttentionOptions(
+                scale=begin.scale,
+                soft_cap=begin.logit_soft_cap,
+                window=begin.sliding_window,
+                sink_tokens=begin.sink_tokens,
+            )
+            attention = PrefixAttention(namespace.codec.kernel_codec, begin.num_q_heads, options)
+        except ShapeError as error:
+            raise InvalidRequestError(str(error)) from error
+        dtype = _QUERY_DTYPES[begin.query_dtype]
+        key = (namespace.namespace_id, begin.num_q_heads, dtype, options)
+        with self._lock:
+            kind = self._kinds.get(key)
+            if kind is None:
+                kind = AttendKind(begin.num_q_heads, dtype, options, attention)
+                self._kinds[key] = kind
+            return kind

@@ -1,4 +1,8 @@
-"""The Attend stream and the AttendLayer call over gRPC."""
+"""The Attend stream and the AttendLayer call over gRPC.
+
+A stream's requests are taken one at a time, as its worker waits for each answer anyway: several
+streams at once, not several requests of one, fill a launch.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +12,24 @@ from typing import TypeAlias
 
 import grpc
 
-from polarcache.cache_service.attend_batcher import WaitingQuery
+from polarcache.cache_service.attend_queries import Launch, WaitingQuery
 from polarcache.cache_service.attention import Attention, OpenPrefix
 from polarcache.cache_service.config import ServiceConfig
 from polarcache.cache_service.workers import Workers
-from polarcache.proto.attend_frames import join_response, refusal, split_request
+from polarcache.proto.attend_frames import join_response, refusal, split_request, split_response
 from polarcache.proto.errors import (
     DeadlineError,
     InvalidRequestError,
     PolarCacheError,
     ServiceUnavailableError,
 )
+from polarcache.proto.frames import Buffer
 from polarcache.proto.v1 import polarcache_pb2 as pb
 
 __all__ = ["AttendStreams"]
 
 Context: TypeAlias = grpc.aio.ServicerContext
-# A worker that sends more requests than this without reading answers is made to wait.
-_MAX_UNANSWERED = 64
+Waiting: TypeAlias = "asyncio.Future[bytes | PolarCacheError]"
 
 
 class AttendStreams:
@@ -42,47 +46,64 @@ class AttendStreams:
         self._attention = attention
         self._workers = workers
         self._outbox = _Outbox()
-        self._readers: set[asyncio.Task[None]] = set()
+        self._streams: dict[_Stream, None] = {}
         self._draining = False
 
     async def attend(self, context: Context) -> None:
         """Serves a stream until the worker ends it."""
-        request, _ = split_request(await self._read(context))
-        opened = await self._open(request.begin, given=request.HasField("begin"))
-        stream = _Stream(self._outbox)
-        reader = asyncio.create_task(self._take_requests(context, opened, stream))
-        reader.add_done_callback(lambda _: stream.answers.put_nowait(None))
-        self._readers.add(reader)
+        stream = _Stream(self._outbox, self._idle_s)
+        self._streams[stream] = None
         try:
-            await context.write(opened.ready())
-            while not (_is_over(reader) and not stream.num_unanswered):
-                frame = await stream.answers.get()
-                if frame is not None:
-                    await context.write(frame)
-                    stream.on_written()
+            await self._serve(context, stream)
+        except asyncio.CancelledError:
+            if stream.why_ended is not None:
+                raise stream.why_ended from None
+            raise
         finally:
-            self._readers.discard(reader)
-            reader.cancel()
-            opened.close()
+            del self._streams[stream]
+            stream.close()
 
     async def attend_layer(self, request: pb.AttendLayerRequest) -> pb.AttendLayerResponse:
         """Serves one layer."""
         opened = await self._open(request.begin, given=request.HasField("begin"))
-        call = _Call()
+        query = pb.AttendRequest(
+            layer=request.layer,
+            num_tokens=request.num_tokens,
+            position=request.position if request.HasField("position") else None,
+        )
+        call = _Call(self._outbox)
         try:
-            query = pb.AttendRequest(layer=request.layer, num_tokens=request.num_tokens)
-            if request.HasField("position"):
-                query.position = request.position
-            opened.submit(call, query, request.queries)
-            return await call.response
+            _submit(opened, call, query, request.queries)
+            _, out, lse = split_response(await call.wait())
+            return pb.AttendLayerResponse(out=bytes(out), lse=bytes(lse))
         finally:
             opened.close()
 
     def drain(self) -> None:
         """Ends all streams and opens no more."""
         self._draining = True
-        for reader in self._readers:
-            reader.cancel()
+        for stream in self._streams:
+            stream.end(ServiceUnavailableError("the service is shutting down"))
+
+    async def _serve(self, context: Context, stream: _Stream) -> None:
+        first = await context.read()
+        request, _ = split_request(b"" if first is grpc.aio.EOF else first)
+        opened = await self._open(request.begin, given=request.HasField("begin"))
+        try:
+            await context.write(opened.ready())
+            while (frame := await context.read()) is not grpc.aio.EOF:
+                stream.hear()
+                request, queries = split_request(frame)
+                try:
+                    if request.HasField("region"):
+                        raise InvalidRequestError("shared memory goes with the local socket alone")
+                    _submit(opened, stream, request, queries)
+                    answer = await stream.wait()
+                except PolarCacheError as error:
+                    answer = refusal(request.request_id, error)
+                await context.write(answer)
+        finally:
+            opened.close()
 
     async def _open(self, begin: pb.AttendBegin, *, given: bool) -> OpenPrefix:
         if not given:
@@ -91,119 +112,121 @@ class AttendStreams:
             raise ServiceUnavailableError("the service is shutting down")
         return await self._workers.io_owned(OpenPrefix.close, self._attention.open, begin)
 
-    async def _take_requests(self, context: Context, opened: OpenPrefix, stream: _Stream) -> None:
-        """Reads requests until the worker sends no more."""
-        while (frame := await self._read(context)) is not grpc.aio.EOF:
-            request, queries = split_request(frame)
-            await stream.make_room()
-            try:
-                if request.HasField("region"):
-                    raise InvalidRequestError("shared memory goes with the local socket alone")
-                opened.submit(stream, request, queries)
-            except PolarCacheError as error:
-                stream.answers.put_nowait(refusal(request.request_id, error))
 
-    async def _read(self, context: Context) -> bytes:
-        try:
-            async with asyncio.timeout(self._idle_s):
-                frame: bytes = await context.read()
-                return frame
-        except TimeoutError as error:
-            raise DeadlineError(f"the worker sent nothing for {self._idle_s:g} s") from error
-
-
-def _is_over(reader: asyncio.Task[None]) -> bool:
-    """Whether the worker sends no more.
-
-    Raises:
-        PolarCacheError: It sent what ends the stream, or the service is shutting down.
-    """
-    if not reader.done():
-        return False
-    if reader.cancelled():
-        raise ServiceUnavailableError("the service is shutting down")
-    reader.result()
-    return True
-
-
-class _Stream:
-    """Answers of one stream on their way from the batcher's thread to the event loop."""
-
-    def __init__(self, outbox: _Outbox) -> None:
-        self.answers: asyncio.Queue[bytes | None] = asyncio.Queue()
-        self.num_unanswered = 0
-        self._outbox = outbox
-        self._room: asyncio.Future[None] | None = None
-
-    async def make_room(self) -> None:
-        """Counts a request, once few enough have no answer."""
-        if self.num_unanswered >= _MAX_UNANSWERED:
-            self._room = asyncio.get_running_loop().create_future()
-            await self._room
-        self.num_unanswered += 1
-
-    def on_written(self) -> None:
-        """Counts an answer."""
-        self.num_unanswered -= 1
-        if self._room is not None and not self._room.done():
-            self._room.set_result(None)
-
-    def answer(
-        self, request: WaitingQuery, head: pb.AttendResponse, out: memoryview, lse: memoryview
-    ) -> None:
-        """In the batcher's thread: passes an answer on."""
-        self._outbox.put(self.answers, join_response(head, out, lse))
-
-    def refuse(self, request: WaitingQuery, error: PolarCacheError) -> None:
-        """In the batcher's thread: passes a refusal on."""
-        self._outbox.put(self.answers, refusal(request.request_id, error))
-
-
-class _Outbox:
-    """Frames of many streams for one event loop, which is woken once for all of them."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._frames: deque[tuple[asyncio.Queue[bytes | None], bytes]] = deque()
-        self._is_scheduled = False
-
-    def put(self, answers: asyncio.Queue[bytes | None], frame: bytes) -> None:
-        """In the batcher's thread: adds a frame."""
-        self._frames.append((answers, frame))
-        if not self._is_scheduled:
-            self._is_scheduled = True
-            self._loop.call_soon_threadsafe(self._flush)
-
-    def _flush(self) -> None:
-        # First, so that a frame which comes after the last look is scheduled anew.
-        self._is_scheduled = False
-        while self._frames:
-            answers, frame = self._frames.popleft()
-            answers.put_nowait(frame)
+def _submit(opened: OpenPrefix, call: _Call, request: pb.AttendRequest, queries: Buffer) -> None:
+    opened.submit(
+        call,
+        queries,
+        request_id=request.request_id,
+        layer=request.layer,
+        num_tokens=request.num_tokens,
+        position=request.position if request.HasField("position") else None,
+        timeout_ms=request.timeout_ms,
+    )
 
 
 class _Call:
-    """The answer of one AttendLayer call."""
+    """One request's answer, on its way from the batcher's thread to the event loop.
 
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self.response: asyncio.Future[pb.AttendLayerResponse] = self._loop.create_future()
+    Args:
+        outbox: What carries it.
+    """
+
+    def __init__(self, outbox: _Outbox) -> None:
+        self._outbox = outbox
+        self._answer: Waiting = outbox.loop.create_future()
+
+    async def wait(self) -> bytes:
+        """The answer; then another may be waited for.
+
+        Raises:
+            PolarCacheError: The request was refused.
+        """
+        answer = await self._answer
+        self._answer = self._outbox.loop.create_future()
+        if isinstance(answer, PolarCacheError):
+            raise answer
+        return answer
 
     def answer(
-        self, request: WaitingQuery, head: pb.AttendResponse, out: memoryview, lse: memoryview
+        self, request: WaitingQuery, launch: Launch, out: memoryview, lse: memoryview
     ) -> None:
-        """In the batcher's thread: passes the answer on."""
-        response = pb.AttendLayerResponse(out=bytes(out), lse=bytes(lse))
-        self._loop.call_soon_threadsafe(self._settle, response)
+        """In the batcher's thread: passes an answer on."""
+        head = pb.AttendResponse(
+            request_id=request.request_id,
+            queue_ns=request.queue_ns(launch),
+            kernel_ns=launch.kernel_ns,
+            batch_requests=launch.num_requests,
+        )
+        self._outbox.put(self._answer, join_response(head, out, lse))
 
     def refuse(self, request: WaitingQuery, error: PolarCacheError) -> None:
-        """In the batcher's thread: passes the refusal on."""
-        self._loop.call_soon_threadsafe(self._settle, error)
+        """In the batcher's thread: passes a refusal on."""
+        self._outbox.put(self._answer, error)
 
-    def _settle(self, result: pb.AttendLayerResponse | PolarCacheError) -> None:
-        if self.response.done():
-            return
-        if isinstance(result, PolarCacheError):
-            self.response.set_exception(result)
+
+class _Stream(_Call):
+    """The answers of one stream, one after the other, and its end.
+
+    Args:
+        outbox: What carries them.
+        idle_s: A worker that is silent for so long is cut off.
+
+    Attributes:
+        why_ended: Why the service ended it, None when it did not.
+    """
+
+    def __init__(self, outbox: _Outbox, idle_s: float) -> None:
+        super().__init__(outbox)
+        self.why_ended: PolarCacheError | None = None
+        self._idle_s = idle_s
+        self._task = asyncio.current_task()
+        self._timer: asyncio.TimerHandle | None = None
+        self.hear()
+        self._look()
+
+    def hear(self) -> None:
+        """Notes that the worker is not silent."""
+        self._heard_s = self._outbox.loop.time()
+
+    def end(self, error: PolarCacheError) -> None:
+        """Ends the stream with an error."""
+        self.why_ended = error
+        if self._task is not None:
+            self._task.cancel()
+
+    def close(self) -> None:
+        """Stops looking at the clock."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self) -> None:
+        left_s = self._heard_s + self._idle_s - self._outbox.loop.time()
+        if left_s > 0:
+            self._timer = self._outbox.loop.call_later(left_s, self._look)
         else:
-            self.response.set_result(result)
+            self.end(DeadlineError(f"the worker sent nothing for {self._idle_s:g} s"))
+
+
+class _Outbox:
+    """Answers of many streams for one event loop, which is woken once for all of them."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.get_running_loop()
+        self._answers: deque[tuple[Waiting, bytes | PolarCacheError]] = deque()
+        self._is_scheduled = False
+
+    def put(self, waiting: Waiting, answer: bytes | PolarCacheError) -> None:
+        """In the batcher's thread: adds an answer."""
+        self._answers.append((waiting, answer))
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            self.loop.call_soon_threadsafe(self._flush)
+
+    def _flush(self) -> None:
+        # First, so that an answer which comes after the last look is scheduled anew.
+        self._is_scheduled = False
+        while self._answers:
+            waiting, answer = self._answers.popleft()
+            if not waiting.done():
+                waiting.set_result(answer)

@@ -6,18 +6,12 @@ and check requests here, and have the batcher compute them.
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 
-from polarcache.cache_service.attend_batcher import (
-    AttendBatcher,
-    AttendStream,
-    Turn,
-    WaitingQuery,
-)
+from polarcache.cache_service.attend_batcher import AttendBatcher
 from polarcache.cache_service.attend_compute import AttendCompute
 from polarcache.cache_service.attend_prefix import HeldPrefix, PrefixHolder
+from polarcache.cache_service.attend_queries import AttendStream, Turn, WaitingQuery
 from polarcache.cache_service.config import ServiceConfig
 from polarcache.cache_service.metrics import Counters
 from polarcache.cache_service.namespaces import NamespaceRegistry
@@ -52,6 +46,7 @@ class OpenPrefix:
         self._batcher = batcher
         self._let_go = let_go
         self._turn: Turn | None = None
+        self._num_layers = prefix.namespace.spec.layout.num_layers
 
     def ready(self) -> bytes:
         """The first frame to the worker."""
@@ -60,43 +55,56 @@ class OpenPrefix:
         )
         return pb.AttendResponse(ready=ready).SerializeToString()
 
-    def submit(self, stream: AttendStream, request: pb.AttendRequest, queries: Buffer) -> None:
+    def submit(
+        self,
+        stream: AttendStream,
+        queries: Buffer,
+        *,
+        request_id: int,
+        layer: int,
+        num_tokens: int,
+        position: int | None,
+        timeout_ms: int,
+    ) -> None:
         """Checks a request and has it computed; the stream is told of the answer.
 
+        Args:
+            stream: Whose request it is.
+            queries: Their bytes.
+            request_id: As in AttendRequest.
+            layer: As in AttendRequest.
+            num_tokens: As in AttendRequest.
+            position: As in AttendRequest, None where it is unset.
+            timeout_ms: As in AttendRequest.
+
         Raises:
-            InvalidRequestError: A field is out of range.
+            InvalidRequestError: A value is out of range.
             CapacityError: Too many requests wait.
             ServiceUnavailableError: The service is shutting down.
         """
         prefix = self.prefix
-        num_layers = prefix.namespace.spec.layout.num_layers
-        if request.layer >= num_layers:
-            raise InvalidRequestError(f"layer {request.layer}: the model has {num_layers} layers")
-        if not 1 <= request.num_tokens <= self.max_tokens:
-            raise InvalidRequestError(
-                f"num_tokens {request.num_tokens}: expected 1 to {self.max_tokens}"
-            )
-        expected = request.num_tokens * prefix.query_token_bytes
+        if layer >= self._num_layers:
+            raise InvalidRequestError(f"layer {layer}: the model has {self._num_layers} layers")
+        if not 1 <= num_tokens <= self.max_tokens:
+            raise InvalidRequestError(f"num_tokens {num_tokens}: expected 1 to {self.max_tokens}")
+        expected = num_tokens * prefix.query_token_bytes
         if len(queries) != expected:
             raise InvalidRequestError(
-                f"queries are {len(queries)} bytes: {request.num_tokens} tokens of "
+                f"queries are {len(queries)} bytes: {num_tokens} tokens of "
                 f"{prefix.kind.query_heads} heads in {prefix.kind.query_dtype} are {expected}"
             )
-        if prefix.kind.options.window and not request.HasField("position"):
-            raise InvalidRequestError("position missing: expected it with a sliding window")
-        if request.position > _MAX_POSITION:
-            raise InvalidRequestError(
-                f"position {request.position}: expected at most {_MAX_POSITION}"
-            )
-        waiting = WaitingQuery(prefix, request.layer, request.num_tokens, queries, request.position)
+        if position is None:
+            if prefix.kind.options.window:
+                raise InvalidRequestError("position missing: expected it with a sliding window")
+            position = 0
+        if position > _MAX_POSITION:
+            raise InvalidRequestError(f"position {position}: expected at most {_MAX_POSITION}")
         if self._turn is None:
             self._turn = self._batcher.join(stream, prefix.kind)
-        now_s = waiting.arrived_s = time.monotonic()
-        timeout_ms = request.timeout_ms
-        waiting.deadline_s = now_s + timeout_ms / 1e3 if timeout_ms else math.inf
-        waiting.request_id = request.request_id
-        waiting.turn = self._turn
-        self._batcher.submit(self._turn, waiting)
+        self._batcher.submit(
+            self._turn,
+            WaitingQuery(prefix, layer, num_tokens, queries, position, request_id, timeout_ms),
+        )
 
     def close(self) -> None:
         """Takes back the requests that wait, and lets go of the prefix when no launch reads it."""

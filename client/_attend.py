@@ -6,15 +6,21 @@ import logging
 import threading
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import grpc
 
-from polarcache.client._attend_links import AttendLink, GrpcAttendLink, LocalAttendLink
+from polarcache.client._attend_links import (
+    Answer,
+    Ask,
+    AttendLink,
+    GrpcAttendLink,
+    LocalAttendLink,
+    Refused,
+)
 from polarcache.client._transport import BlockTransport
 from polarcache.client._types import Match
 from polarcache.client._watchdog import Watchdog
-from polarcache.proto.attend_frames import raise_refusal
 from polarcache.proto.errors import InternalError, InvalidRequestError, PolarCacheError
 from polarcache.proto.layout import DTYPE_BYTES
 from polarcache.proto.tensors import tensor_bytes
@@ -35,12 +41,9 @@ _DTYPES = {
 _REGION_TOKENS = 64
 _REGION_BYTES = 4 << 20
 _PAGE_BYTES = 4096
-# Of a request's deadline, what it may wait in the service's queue: the rest is for the answer.
-_QUEUE_SHARE = 0.9
 
 
-@dataclass(frozen=True, slots=True)
-class AttendTiming:
+class AttendTiming(NamedTuple):
     """Where the time of a request went in the service.
 
     Attributes:
@@ -131,7 +134,8 @@ class AttendStream:
         self._lock = threading.Lock()
         self._failure: PolarCacheError | None = None
         self._last_id = 0
-        query_bytes, out_bytes, lse_bytes = spec.token_bytes
+        self._token_bytes = query_bytes, out_bytes, lse_bytes = spec.token_bytes
+        self._shape = (spec.query_heads, spec.match.namespace.spec.layout.head_dim)
         longest = link.max_tokens(max(query_bytes, out_bytes + lse_bytes))
         self._max_tokens = min(ready.max_request_tokens, longest)
 
@@ -186,9 +190,10 @@ class AttendStream:
 
         spec = self._spec
         layout = spec.match.namespace.spec.layout
-        rest = (spec.query_heads, layout.head_dim)
-        if queries.dim() != 3 or tuple(queries.shape[1:]) != rest or not queries.shape[0]:
-            raise InvalidRequestError(f"queries {tuple(queries.shape)}: expected [tokens, *{rest}]")
+        if queries.dim() != 3 or tuple(queries.shape[1:]) != self._shape or not queries.shape[0]:
+            raise InvalidRequestError(
+                f"queries {tuple(queries.shape)}: expected [tokens, *{self._shape}]"
+            )
         if queries.dtype != getattr(torch, spec.dtype):
             raise InvalidRequestError(f"queries {queries.dtype}: expected {spec.dtype}")
         if not 0 <= layer < layout.num_layers or (position or 0) < 0:
@@ -199,56 +204,61 @@ class AttendStream:
         num_tokens = queries.shape[0]
         out = np.empty((num_tokens, spec.query_heads, layout.v_head_dim), np.float32)
         lse = np.empty((num_tokens, spec.query_heads), np.float32)
-        source = tensor_bytes(queries.cpu().contiguous())
         self._run(
-            layer, source, position, out.data.cast("B"), lse.data.cast("B"),
+            layer,
+            -1 if position is None else position,
+            _bytes_of(queries),
+            out.data.cast("B"),
+            lse.data.cast("B"),
             timeout_s or self._timeout_s,
-        )  # fmt: skip
-        device = queries.device
-        return torch.from_numpy(out).to(device), torch.from_numpy(lse).to(device)
+        )
+        answer = torch.from_numpy(out), torch.from_numpy(lse)
+        if queries.is_cpu:
+            return answer
+        return answer[0].to(queries.device), answer[1].to(queries.device)
 
     def _run(
         self,
         layer: int,
+        position: int,
         queries: memoryview,
-        position: int | None,
         out: memoryview,
         lse: memoryview,
         timeout_s: float,
     ) -> None:
         """Sends the queries in requests of at most `_max_tokens`, one after the other."""
-        query_bytes, out_bytes, lse_bytes = self._spec.token_bytes
+        query_bytes, out_bytes, lse_bytes = self._token_bytes
         num_tokens = len(queries) // query_bytes
         with self._lock:
             for first in range(0, num_tokens, self._max_tokens):
                 end = min(first + self._max_tokens, num_tokens)
-                request = pb.AttendRequest(
-                    layer=layer,
-                    num_tokens=end - first,
-                    position=None if position is None else position + first,
-                    timeout_ms=max(1, int(timeout_s * 1000 * _QUEUE_SHARE)),
+                self._last_id += 1
+                answer = self._call(
+                    Ask(
+                        self._last_id,
+                        layer,
+                        end - first,
+                        position if position < 0 else position + first,
+                        queries[first * query_bytes : end * query_bytes],
+                        (end - first) * out_bytes,
+                        (end - first) * lse_bytes,
+                    ),
+                    timeout_s,
                 )
-                got_out, got_lse = self._call(
-                    request, queries[first * query_bytes : end * query_bytes], timeout_s
-                )
-                out[first * out_bytes : end * out_bytes] = got_out
-                lse[first * lse_bytes : end * lse_bytes] = got_lse
+                out[first * out_bytes : end * out_bytes] = answer.out
+                lse[first * lse_bytes : end * lse_bytes] = answer.lse
 
-    def _call(
-        self, request: pb.AttendRequest, queries: memoryview, timeout_s: float
-    ) -> tuple[memoryview, memoryview]:
+    def _call(self, ask: Ask, timeout_s: float) -> Answer:
         if self._failure is not None:
             raise type(self._failure)(str(self._failure))
-        self._last_id += 1
-        request.request_id = self._last_id
-        _, out_bytes, lse_bytes = self._spec.token_bytes
-        expected = (request.num_tokens * out_bytes, request.num_tokens * lse_bytes)
         try:
-            response, out, lse = self._link.call(request, queries, expected, timeout_s)
-            if response.request_id != self._last_id:
+            answer = self._link.call(ask, timeout_s)
+            if answer.request_id != ask.request_id:
                 raise InternalError(
-                    f"the service answered request {response.request_id}, not {self._last_id}"
+                    f"the service answered request {answer.request_id}, not {ask.request_id}"
                 )
+        except Refused as refused:
+            raise refused.error from None
         except PolarCacheError as error:
             self._failure = error
             raise
@@ -256,11 +266,20 @@ class AttendStream:
             # The answer is still to come: what follows would take it for its own.
             self._failure = InternalError("the stream was interrupted; open another")
             raise
-        raise_refusal(response)
-        if (len(out), len(lse)) != expected:
-            raise InternalError(f"out and lse of {len(out)} and {len(lse)} bytes; not {expected}")
-        self.timing = AttendTiming(response.queue_ns, response.kernel_ns, response.batch_requests)
-        return out, lse
+        if len(answer.out) != ask.out_bytes or len(answer.lse) != ask.lse_bytes:
+            raise InternalError(
+                f"out and lse are {len(answer.out)} and {len(answer.lse)} bytes; {ask.out_bytes} "
+                f"and {ask.lse_bytes} were expected"
+            )
+        self.timing = AttendTiming(answer.queue_ns, answer.kernel_ns, answer.batch_requests)
+        return answer
+
+
+def _bytes_of(queries: torch.Tensor) -> memoryview:
+    """The bytes of a tensor on any device, of any strides, copied only where they must be."""
+    if not (queries.is_cpu and queries.is_contiguous()):
+        queries = queries.cpu().contiguous()
+    return tensor_bytes(queries)
 
 
 class AttendOpener:

@@ -4,28 +4,96 @@ from __future__ import annotations
 
 import queue
 import struct
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import grpc
 
 from polarcache.client._local import LocalConnection
 from polarcache.client._watchdog import Watchdog
-from polarcache.proto.attend_frames import join_request, split_response
-from polarcache.proto.errors import DeadlineError, InternalError, ServiceUnavailableError
+from polarcache.proto.attend_doorbells import (
+    ANSWER,
+    ANSWER_FIELDS,
+    ASK,
+    LENGTH,
+    MAX_BODY_BYTES,
+    REFUSAL_ID,
+)
+from polarcache.proto.attend_frames import error_named, join_request, split_response
+from polarcache.proto.errors import (
+    DeadlineError,
+    InternalError,
+    PolarCacheError,
+    ServiceUnavailableError,
+)
 from polarcache.proto.frames import Buffer
 from polarcache.proto.local import ATTEND, ERROR, error_of, send_body
 from polarcache.proto.status import error_from_rpc
 from polarcache.proto.v1 import polarcache_pb2 as pb
 
-__all__ = ["AttendLink", "GrpcAttendLink", "LocalAttendLink"]
+__all__ = ["Answer", "Ask", "AttendLink", "GrpcAttendLink", "LocalAttendLink", "Refused"]
 
-Answer = tuple[pb.AttendResponse, memoryview, memoryview]
-_LENGTH = struct.Struct("<I")
-_RECEIVE_BYTES = 1 << 14
+# Of a request's deadline.
+_QUEUE_SHARE = 0.9
+_ASK = struct.Struct("<I" + ASK.format.lstrip("<"))
+_ANSWER = struct.Struct("<Ic" + ANSWER_FIELDS.format.lstrip("<"))
+
+
+class Answer(NamedTuple):
+    """The answer to a request; its views are valid until the next one.
+
+    Attributes:
+        request_id: From the request.
+        queue_ns: Time it waited for its launch, nanoseconds.
+        kernel_ns: Time of the kernel of its launch, nanoseconds.
+        batch_requests: Requests that the launch computed.
+        out: Bytes of out.
+        lse: Bytes of lse.
+    """
+
+    request_id: int
+    queue_ns: int
+    kernel_ns: int
+    batch_requests: int
+    out: memoryview
+    lse: memoryview
+
+
+class Ask(NamedTuple):
+    """A request.
+
+    Attributes:
+        request_id: Chosen by the caller.
+        layer: Layer.
+        num_tokens: Query tokens.
+        position: Position of the first query token; -1 where it is unset.
+        queries: Bytes of the queries.
+        out_bytes: Bytes of the answer's out.
+        lse_bytes: Bytes of the answer's lse.
+    """
+
+    request_id: int
+    layer: int
+    num_tokens: int
+    position: int
+    queries: Buffer
+    out_bytes: int
+    lse_bytes: int
+
+
+class Refused(Exception):
+    """A request has no answer, but the stream goes on.
+
+    Attributes:
+        error: Why.
+    """
+
+    def __init__(self, error: PolarCacheError) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class AttendLink(Protocol):
-    """One stream. After an error it is of no more use, unless the response tells the error."""
+    """One stream. After any error but `Refused` it is of no more use."""
 
     def open(self, begin: pb.AttendBegin, timeout_s: float) -> pb.AttendReady:
         """Opens the stream.
@@ -34,25 +102,15 @@ class AttendLink(Protocol):
             PolarCacheError: The service refused, or did not answer.
         """
 
-    def call(
-        self,
-        request: pb.AttendRequest,
-        queries: Buffer,
-        answer_bytes: tuple[int, int],
-        timeout_s: float,
-    ) -> Answer:
+    def call(self, ask: Ask, timeout_s: float) -> Answer:
         """Sends a request and waits for its answer.
 
         Args:
-            request: Without its queries.
-            queries: Their bytes.
-            answer_bytes: Bytes of out and of lse.
+            ask: The request.
             timeout_s: Longest wait, seconds.
 
-        Returns:
-            The response and the bytes of out and lse, valid until the next call.
-
         Raises:
+            Refused: The service refused the request.
             PolarCacheError: The stream broke, or the service did not answer.
         """
 
@@ -81,19 +139,30 @@ class GrpcAttendLink:
         self._requests.put(pb.AttendRequest(begin=begin).SerializeToString())
         self._answers = self._method(iter(self._requests.get, None))
         self._guard = self._watchdog.watch(self._answers.cancel)
-        response, _, _ = self._next(timeout_s)
+        response, _, _ = split_response(self._next(timeout_s))
         return _ready(response)
 
-    def call(
-        self,
-        request: pb.AttendRequest,
-        queries: Buffer,
-        answer_bytes: tuple[int, int],
-        timeout_s: float,
-    ) -> Answer:
+    def call(self, ask: Ask, timeout_s: float) -> Answer:
         """See `AttendLink`."""
-        self._requests.put(join_request(request, queries))
-        return self._next(timeout_s)
+        request = pb.AttendRequest(
+            request_id=ask.request_id,
+            layer=ask.layer,
+            num_tokens=ask.num_tokens,
+            position=ask.position if ask.position >= 0 else None,
+            timeout_ms=_queue_ms(timeout_s),
+        )
+        self._requests.put(join_request(request, ask.queries))
+        response, out, lse = split_response(self._next(timeout_s))
+        if response.HasField("error"):
+            raise Refused(error_named(response.error.reason, response.error.message))
+        return Answer(
+            response.request_id,
+            response.queue_ns,
+            response.kernel_ns,
+            response.batch_requests,
+            out,
+            lse,
+        )
 
     def max_tokens(self, token_bytes: int) -> int:
         """See `AttendLink`."""
@@ -105,11 +174,12 @@ class GrpcAttendLink:
         self._requests.put(None)
         self._answers.cancel()
 
-    def _next(self, timeout_s: float) -> Answer:
+    def _next(self, timeout_s: float) -> bytes:
         guard = self._guard
         guard.arm(timeout_s)
         try:
-            return split_response(next(self._answers))
+            frame: bytes = next(self._answers)
+            return frame
         except grpc.RpcError as error:
             if guard.is_late:
                 raise DeadlineError(f"the service did not answer in {timeout_s:g} s") from error
@@ -134,7 +204,7 @@ class LocalAttendLink(LocalConnection):
 
     def __init__(self, path: str, boot_id: str, num_bytes: int) -> None:
         super().__init__(path, boot_id, num_bytes)
-        self._where = pb.RegionRange(offset=0, length=num_bytes)
+        self._timeout_s = 0.0
 
     def open(self, begin: pb.AttendBegin, timeout_s: float) -> pb.AttendReady:
         """See `AttendLink`."""
@@ -146,49 +216,75 @@ class LocalAttendLink(LocalConnection):
             raise self._failure(error) from error
         return _ready(response)
 
-    def call(
-        self,
-        request: pb.AttendRequest,
-        queries: Buffer,
-        answer_bytes: tuple[int, int],
-        timeout_s: float,
-    ) -> Answer:
+    def call(self, ask: Ask, timeout_s: float) -> Answer:
         """See `AttendLink`."""
-        memory = self.memory
+        memory, connection = self.memory, self._socket
+        request_id, layer, num_tokens, position, queries, out_bytes, lse_bytes = ask
         memory[: len(queries)] = queries
-        request.region.CopyFrom(self._where)
-        frame = request.SerializeToString()
         try:
-            if timeout_s != self._socket.gettimeout():
-                self._socket.settimeout(timeout_s)
-            self._socket.sendall(_LENGTH.pack(len(frame)) + frame)
-            body = self._receive()
+            if timeout_s != self._timeout_s:
+                connection.settimeout(timeout_s)
+                self._timeout_s = timeout_s
+                self._queue_ms = _queue_ms(timeout_s)
+            connection.send(
+                _ASK.pack(
+                    ASK.size,
+                    request_id,
+                    layer,
+                    num_tokens,
+                    position,
+                    self._queue_ms,
+                    0,
+                    len(memory),
+                )
+            )
+            received = connection.recv(MAX_BODY_BYTES)
+            if len(received) != _ANSWER.size:
+                received = self._rest(received)
         except OSError as error:
             raise self._failure(error) from error
-        if body[:1] == ERROR:
-            raise error_of(body[1:])
-        out_bytes, lse_bytes = answer_bytes
-        response = pb.AttendResponse.FromString(body[1:])
-        return response, memory[:out_bytes], memory[out_bytes : out_bytes + lse_bytes]
+        if received[LENGTH.size : LENGTH.size + 1] != ANSWER:
+            raise _told(received[LENGTH.size :])
+        _, _, request_id, queue_ns, kernel_ns, batch_requests = _ANSWER.unpack(received)
+        return Answer(
+            request_id,
+            queue_ns,
+            kernel_ns,
+            batch_requests,
+            memory[:out_bytes],
+            memory[out_bytes : out_bytes + lse_bytes],
+        )
 
     def max_tokens(self, token_bytes: int) -> int:
         """See `AttendLink`."""
         return len(self.memory) // token_bytes
 
-    def _receive(self) -> bytes:
-        """One message's body: usually one read."""
-        received = self._socket.recv(_RECEIVE_BYTES)
-        while len(received) < _LENGTH.size or len(received) < _LENGTH.size + _length(received):
-            chunk = self._socket.recv(_RECEIVE_BYTES)
+    def _rest(self, received: bytes) -> bytes:
+        """One whole message with its length, the first bytes of which have come."""
+        while len(received) < LENGTH.size or len(received) < _end(received):
+            chunk = self._socket.recv(MAX_BODY_BYTES)
             if not chunk:
                 raise ConnectionResetError("the service closed the connection")
             received += chunk
-        return received[_LENGTH.size :]
+        # Nothing but an error follows an answer unasked, and the next call finds that.
+        return received[: _end(received)]
 
 
-def _length(received: bytes) -> int:
-    (length,) = _LENGTH.unpack_from(received)
-    return int(length)
+def _end(received: bytes) -> int:
+    (length,) = LENGTH.unpack_from(received)
+    return LENGTH.size + int(length)
+
+
+def _told(body: bytes) -> Exception:
+    """The error that a body tells."""
+    if body[:1] == ERROR:
+        return error_of(body[1:])
+    return Refused(error_of(body[1 + REFUSAL_ID.size :]))
+
+
+def _queue_ms(timeout_s: float) -> int:
+    """How long a request may wait in the service's queue: the rest is for the answer's way."""
+    return max(1, int(timeout_s * 1000 * _QUEUE_SHARE))
 
 
 def _ready(response: pb.AttendResponse) -> pb.AttendReady:

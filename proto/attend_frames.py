@@ -17,9 +17,9 @@ from polarcache.proto.frames import Buffer
 from polarcache.proto.v1 import polarcache_pb2 as pb
 
 __all__ = [
+    "error_named",
     "join_request",
     "join_response",
-    "raise_refusal",
     "refusal",
     "split_request",
     "split_response",
@@ -30,6 +30,8 @@ MessageT = TypeVar("MessageT", bound=Message)
 _OUT_TAG, _LSE_TAG, _QUERIES_TAG = 14 << 3 | 2, 15 << 3 | 2, 15 << 3 | 2
 _FIXED_BYTES = {1: 8, 5: 4}
 _NOTHING = memoryview(b"")
+# A copy of so little costs less than looking for the tensors in Python.
+_SMALL_BYTES = 1 << 16
 
 
 def join_request(message: pb.AttendRequest, queries: Buffer) -> bytes:
@@ -51,29 +53,33 @@ def join_response(message: pb.AttendResponse, out: Buffer, lse: Buffer) -> bytes
 
 
 def split_request(frame: bytes) -> tuple[pb.AttendRequest, memoryview]:
-    """Parses a request without copying its queries.
+    """Parses a request without copying its queries, unless they are small.
 
     Returns:
-        The request without its queries, and them as a view into `frame`, empty where they are
-        missing.
+        The request, and its queries as a view, empty where they are missing.
 
     Raises:
         InvalidRequestError: The bytes are no request.
     """
+    if len(frame) <= _SMALL_BYTES:
+        message = _parse(pb.AttendRequest, frame)
+        return message, memoryview(message.queries)
     message, tensors = _split(pb.AttendRequest, frame, (_QUERIES_TAG,))
     return message, tensors.get(_QUERIES_TAG, _NOTHING)
 
 
 def split_response(frame: bytes) -> tuple[pb.AttendResponse, memoryview, memoryview]:
-    """Parses a response without copying its tensors.
+    """Parses a response without copying its tensors, unless they are small.
 
     Returns:
-        The response without `out` and `lse`, and both as views into `frame`, empty where they
-        are missing.
+        The response, and its `out` and `lse` as views, empty where they are missing.
 
     Raises:
         InvalidRequestError: The bytes are no response.
     """
+    if len(frame) <= _SMALL_BYTES:
+        message = _parse(pb.AttendResponse, frame)
+        return message, memoryview(message.out), memoryview(message.lse)
     message, tensors = _split(pb.AttendResponse, frame, (_OUT_TAG, _LSE_TAG))
     return message, tensors.get(_OUT_TAG, _NOTHING), tensors.get(_LSE_TAG, _NOTHING)
 
@@ -84,16 +90,18 @@ def refusal(request_id: int, error: errors.PolarCacheError) -> bytes:
     return pb.AttendResponse(request_id=request_id, error=told).SerializeToString()
 
 
-def raise_refusal(response: pb.AttendResponse) -> None:
-    """Raises the error that a response tells, if it does.
+def error_named(reason: str, message: str) -> errors.PolarCacheError:
+    """The error that an AttendError stands for."""
+    error_class = getattr(errors, reason) if reason in errors.__all__ else errors.InternalError
+    error: errors.PolarCacheError = error_class(message)
+    return error
 
-    Raises:
-        PolarCacheError: The request was refused.
-    """
-    if response.HasField("error"):
-        reason = response.error.reason
-        error_class = getattr(errors, reason) if reason in errors.__all__ else errors.InternalError
-        raise error_class(response.error.message)
+
+def _parse(message_class: type[MessageT], frame: bytes) -> MessageT:
+    try:
+        return message_class.FromString(frame)
+    except DecodeError as error:
+        raise InvalidRequestError(f"malformed {message_class.__name__}: {error}") from error
 
 
 def _split(
@@ -120,8 +128,8 @@ def _split(
             else:
                 position += _FIXED_BYTES[wire_type]
         rest.append(view[kept_from:])
-        return message_class.FromString(b"".join(rest)), tensors
-    except (DecodeError, IndexError, KeyError) as error:
+        return _parse(message_class, b"".join(rest)), tensors
+    except (IndexError, KeyError) as error:
         raise InvalidRequestError(f"malformed {message_class.__name__}: {error}") from error
 
 

@@ -135,8 +135,8 @@ class KvCacheServicer(object):
     def Attend(self, request_iterator, context):
         """Runs attention over a leased prefix, one layer a request, on a stream that lives as long as the
         prefix is needed. The worker sends `begin`; the service brings every block of the prefix into
-        memory, holds it there and answers `ready`; then each request is answered once, in any order,
-        until the worker ends the stream. A block that is gone ends it with NOT_FOUND.
+        memory, holds it there and answers `ready`; then it answers requests, one after the other, until
+        the worker ends the stream. A block that is gone ends it with NOT_FOUND.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from polarcache.client import Client, Match, NamespaceSpec, chain_keys
+from polarcache.proto.attend_doorbells import ANSWER, ASK, LENGTH, REFUSAL
 from polarcache.proto.errors import (
     BlockNotFoundError,
     CapacityError,
@@ -345,18 +346,23 @@ def test_beyond_the_queue_requests_are_refused_and_the_stream_goes_on(
     short_service: Any, spec: NamespaceSpec, make_layers: Any
 ) -> None:
     with short_service.client() as client:
-        stream = RawStream(short_service, leased(client, spec, make_layers))
-        for number in range(40):
-            stream.ask(number, 256)
-        answers = [next(stream.answers) for _ in range(40)]
-        refused = {a.request_id for a in answers if a.error.reason == "CapacityError"}
-        answered = {a.request_id for a in answers if len(a.out) == 256 * HEADS * 64 * 4}
-        assert refused | answered == set(range(40))
-        assert refused
-        assert answered
-        stream.ask(99)
-        assert next(stream.answers).lse
-        stream.end()
+        match = leased(client, spec, make_layers)
+        streams = [RawStream(short_service, match) for _ in range(6)]
+        for number in range(8):
+            for stream in streams:
+                stream.ask(number, 256)
+        for stream in streams:
+            stream.end()
+        answers = [list(stream.answers) for stream in streams]
+        for of_stream in answers:
+            assert [answer.request_id for answer in of_stream] == list(range(8))
+        reasons = [answer.error.reason for of_stream in answers for answer in of_stream]
+        sizes = [len(answer.out) for of_stream in answers for answer in of_stream]
+        assert set(reasons) == {"CapacityError", ""}
+        assert {(reason, size) for reason, size in zip(reasons, sizes, strict=True)} == {
+            ("CapacityError", 0),
+            ("", 256 * HEADS * 64 * 4),
+        }
 
 
 def test_the_client_is_told_that_the_queue_is_full(
@@ -392,34 +398,36 @@ def test_expired_requests_leave_the_queue(
 ) -> None:
     with patient_service.client() as client:
         match = leased(client, spec, make_layers)
-        stream = RawStream(patient_service, match)
+        streams = [RawStream(patient_service, match) for _ in range(10)]
         client.release(match)
-        for number in range(30):
-            stream.ask(number, 512, timeout_ms=1 if number else 0)
-        answers = [next(stream.answers) for _ in range(30)]
-        reasons = [answer.error.reason for answer in answers]
-        assert reasons.count("DeadlineError") >= 10
+        for stream in streams:
+            stream.ask(1, 512, timeout_ms=1)
+            stream.ask(2)
+            stream.end()
+        answers = [list(stream.answers) for stream in streams]
+        reasons = [first.error.reason for first, _ in answers]
+        assert reasons.count("DeadlineError") >= 3
         assert set(reasons) <= {"DeadlineError", ""}
-        stream.ask(99)
-        assert next(stream.answers).lse
-        stream.end()
+        assert all(second.lse for _, second in answers)
 
 
-def test_a_cancelled_stream_takes_its_requests_along(
+def test_cancelled_streams_take_their_requests_along(
     patient_service: Any, spec: NamespaceSpec, make_layers: Any, until: Any
 ) -> None:
     service = patient_service
     computed = service.counters()["attend_requests_total"]
     with service.client() as client:
         match = leased(client, spec, make_layers)
-        stream = RawStream(service, match)
-        for number in range(60):
-            stream.ask(number, 512)
-        until(lambda: service.gauges()["attend_waiting_requests"] > 20)
-        stream.answers.cancel()
+        streams = [RawStream(service, match) for _ in range(30)]
+        for stream in streams:
+            for number in range(4):
+                stream.ask(number, 512)
+        until(lambda: service.gauges()["attend_waiting_requests"] > 10)
+        for stream in streams:
+            stream.answers.cancel()
         until(lambda: service.gauges()["attend_streams"] == 0)
         assert service.gauges()["attend_waiting_requests"] == 0
-        assert service.counters()["attend_requests_total"] - computed < 60
+        assert service.counters()["attend_requests_total"] - computed < 120
         client.release(match)
         until(lambda: service.gauges()["pinned_blocks"] == 0)
 
@@ -449,38 +457,53 @@ def link(service: Any, spec: NamespaceSpec, make_layers: Any) -> Iterator[Any]:
         link.close()
 
 
+def ring(link: Any, *fields: int) -> None:
+    """Sends a doorbell: request_id, layer, num_tokens, position, timeout_ms, offset, length."""
+    link._socket.settimeout(10)
+    link._socket.sendall(LENGTH.pack(ASK.size) + ASK.pack(*fields))
+
+
+def heard(link: Any) -> bytes:
+    """The next message's body."""
+    return bytes(link._rest(b"")[LENGTH.size :])
+
+
 @pytest.mark.parametrize(
-    ("where", "message"),
+    ("offset", "length", "message"),
     [
-        (pb.RegionRange(offset=0, length=1024), "must fit"),
-        (pb.RegionRange(offset=1 << 16, length=4096), "outside of the shared memory"),
-        (pb.RegionRange(offset=2**64 - 4096, length=4096), "outside of the shared memory"),
+        (0, 1024, "must fit"),
+        (1 << 16, 4096, "outside of the shared memory"),
+        (2**64 - 4096, 4096, "outside of the shared memory"),
     ],
     ids=["short", "beyond", "wrapping"],
 )
 def test_a_place_outside_of_the_shared_memory_is_refused(
-    link: Any, where: pb.RegionRange, message: str
+    link: Any, offset: int, length: int, message: str
 ) -> None:
-    link._where = where
-    request = pb.AttendRequest(request_id=1, layer=0, num_tokens=1)
-    response, _, _ = link.call(request, queries().numpy().tobytes(), (0, 0), 10.0)
-    assert response.error.reason == "InvalidRequestError"
-    assert message in response.error.message
+    ring(link, 7, 0, 1, -1, 0, offset, length)
+    body = heard(link)
+    assert body[:9] == REFUSAL + (7).to_bytes(8, "little")
+    assert body[9:].startswith(b"InvalidRequestError\0")
+    assert message.encode() in body
+    # The stream goes on, and several requests may be under way.
+    ring(link, 8, 0, 1, -1, 0, 0, 8192)
+    ring(link, 9, 1, 1, -1, 0, 8192, 8192)
+    answered = {heard(link)[:2] for _ in range(2)}
+    assert answered == {ANSWER + b"\x08", ANSWER + b"\x09"}
 
 
-@pytest.mark.parametrize("body", [b"\xff\xff", b"x" * 5000], ids=["no message", "too long"])
+@pytest.mark.parametrize("body", [b"\xff" * 44, b"x" * 5000], ids=["wrong length", "garbage"])
 def test_garbage_on_the_local_socket_ends_the_stream(link: Any, body: bytes) -> None:
-    link._socket.sendall(len(body).to_bytes(4, "little") + body)
     link._socket.settimeout(10)
-    assert link._receive()[:1] == b"E"
+    link._socket.sendall(body)
+    assert heard(link)[:1] == b"E"
     with contextlib.suppress(ConnectionResetError):
         assert link._socket.recv(1) == b""
 
 
 def test_a_worker_that_reads_no_answers_is_cut_off(link: Any, service: Any, until: Any) -> None:
     before = service.gauges()["attend_streams"]
-    frame = pb.AttendRequest(layer=9, region=pb.RegionRange(length=4096)).SerializeToString()
-    body = len(frame).to_bytes(4, "little") + frame
+    body = LENGTH.pack(ASK.size) + ASK.pack(1, 9, 1, -1, 0, 0, 8192)
     link._socket.settimeout(10)
     with pytest.raises((BrokenPipeError, ConnectionResetError)):
         link._socket.sendall(body * 100_000)
