@@ -25,6 +25,7 @@ from polarcache.proto.errors import (
     LeaseExpiredError,
     ServiceUnavailableError,
 )
+from polarcache.proto.local import receive_exactly
 from polarcache.proto.status import error_from_rpc
 from polarcache.proto.v1 import polarcache_pb2 as pb
 from polarcache.proto.v1 import polarcache_pb2_grpc as stubs
@@ -465,7 +466,8 @@ def ring(link: Any, *fields: int) -> None:
 
 def heard(link: Any) -> bytes:
     """The next message's body."""
-    return bytes(link._rest(b"")[LENGTH.size :])
+    (length,) = LENGTH.unpack(receive_exactly(link._socket, LENGTH.size))
+    return receive_exactly(link._socket, length)
 
 
 @pytest.mark.parametrize(
@@ -492,7 +494,7 @@ def test_a_place_outside_of_the_shared_memory_is_refused(
     assert answered == {ANSWER + b"\x08", ANSWER + b"\x09"}
 
 
-@pytest.mark.parametrize("body", [b"\xff" * 44, b"x" * 5000], ids=["wrong length", "garbage"])
+@pytest.mark.parametrize("body", [b"\xff" * 48, b"x" * 5000], ids=["wrong length", "garbage"])
 def test_garbage_on_the_local_socket_ends_the_stream(link: Any, body: bytes) -> None:
     link._socket.settimeout(10)
     link._socket.sendall(body)
