@@ -5,7 +5,8 @@
     python benchmarks/attend.py --device cuda [--json]    and batching over long prefixes
 
 Round trips are those of one token (32 query heads of 128 channels), stream open, the kernel's time
-subtracted, against bare round trips of the same bytes that alternate with them.
+subtracted, against bare round trips of the same bytes that alternate with them: those of servers
+that compute the same in between, and of servers that compute nothing.
 """
 
 from __future__ import annotations
@@ -29,15 +30,20 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from attend_baselines import HEAD_DIM, HEADS, Echo, PingPong, Server
+from attend_baselines import BLOCK_TOKENS, HEAD_DIM, HEADS, KV_HEADS, Echo, PingPong, Server
 from attend_load import Job, Load, keys_of, run
 
 from polarcache.client import AttendStream, Client, KvLayout
 
 SHARED_BYTES = 64 << 20
 # One block of 16 tokens: the kernel takes little of the round trip.
-SHORT = {"num_layers": 2, "num_kv_heads": 8, "head_dim": HEAD_DIM, "block_tokens": 16}
-LONG = {"num_layers": 2, "num_kv_heads": 8, "head_dim": HEAD_DIM, "block_tokens": 128}
+SHORT = {
+    "num_layers": 2,
+    "num_kv_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "block_tokens": BLOCK_TOKENS,
+}
+LONG = {**SHORT, "block_tokens": 128}
 CODED = "k=pair:r4t4,v=int4"
 
 
@@ -74,18 +80,18 @@ def store(client: Client, job: Job, prefixes: int) -> None:
         client.store(namespace, keys_of(prefix, job.num_blocks), layers)
 
 
-def sample(ask: Callable[[], float | None], count: int) -> float:
+def sample(ask: Callable[[], float], count: int) -> float:
     """Median of some round trips, microseconds.
 
     Args:
-        ask: One round trip; what to subtract from its time, microseconds.
+        ask: One round trip; the kernel's time in it, which is subtracted, microseconds.
         count: How many.
     """
     times = []
     for _ in range(count):
         start_s = time.perf_counter()
-        subtracted_us = ask() or 0.0
-        times.append((time.perf_counter() - start_s) * 1e6 - subtracted_us)
+        kernel_us = ask()
+        times.append((time.perf_counter() - start_s) * 1e6 - kernel_us)
     return statistics.median(times)
 
 
@@ -104,11 +110,18 @@ def asking(stream: AttendStream) -> Callable[[], float]:
 def round_trips(device: str, rounds: int, count: int) -> dict[str, float]:
     """Medians over rounds: microseconds of each path, and ratios within a round."""
     # Child processes first: they must not inherit gRPC's threads.
-    servers = {kind: Server(kind) for kind in ("grpc", "tcp", "unix")}
+    kinds = ("grpc_echo", "tcp_ping_pong", "unix_ping_pong")
+    servers = {
+        name + suffix: Server(name.split("_")[0], where)
+        for name in kinds
+        for suffix, where in (("", device), ("_without_kernel", ""))
+    }
     with service(device, "256MiB") as endpoint:
         job = Job(endpoint, 0, [0], 1, SHORT, "exact", HEADS, 0)
-        echo = Echo(servers["grpc"].address)
-        tcp, unix = PingPong(servers["tcp"].address), PingPong(servers["unix"].address)
+        peers = {
+            name: (Echo if name.startswith("grpc") else PingPong)(server.address)
+            for name, server in servers.items()
+        }
         with Client(endpoint, shared_memory_bytes=0) as remote, Client(endpoint) as local:
             store(remote, job, 1)
             streams = []
@@ -116,28 +129,21 @@ def round_trips(device: str, rounds: int, count: int) -> dict[str, float]:
                 match = client.lookup(client.open_namespace(job.spec()), keys_of(0, 1))
                 streams.append(client.attend(match, query_heads=HEADS))
             assert [stream.is_local for stream in streams] == [False, True]
-            paths: dict[str, Callable[[], float | None]] = {
-                "grpc_attend": asking(streams[0]),
-                "grpc_echo": echo.ask,
-                "shared_attend": asking(streams[1]),
-                "tcp_ping_pong": tcp.ask,
-                "unix_ping_pong": unix.ask,
-            }
+            paths = {"grpc_attend": asking(streams[0]), "shared_attend": asking(streams[1])}
+            paths |= {name: peer.ask for name, peer in peers.items()}
             for ask in paths.values():
                 sample(ask, count)
-            samples = [{name: sample(ask, count) for name, ask in paths.items()} for _ in
-                       range(rounds)]  # fmt: skip
-            for one in (*streams, echo, tcp, unix):
+            samples = [
+                {name: sample(ask, count) for name, ask in paths.items()} for _ in range(rounds)
+            ]
+            for one in (*streams, *peers.values()):
                 one.close()
     for server in servers.values():
         server.close()
     median = statistics.median
     result = {f"{name}_us": round(median(one[name] for one in samples), 1) for name in paths}
-    for attend, baseline in (
-        ("grpc_attend", "grpc_echo"),
-        ("shared_attend", "tcp_ping_pong"),
-        ("shared_attend", "unix_ping_pong"),
-    ):
+    for baseline in servers:
+        attend = "grpc_attend" if baseline.startswith("grpc") else "shared_attend"
         ratio = median(one[attend] / one[baseline] for one in samples)
         result[f"{attend}_to_{baseline}"] = round(ratio, 2)
     return result

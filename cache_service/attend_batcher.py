@@ -54,6 +54,9 @@ class AttendBatcher:
         max_waiting: Most requests that wait.
         max_batch: Most requests of one launch.
         window_us: Longest wait for others to join a launch, microseconds.
+
+    Attributes:
+        on_told: Called in the thread when streams have been told something.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class AttendBatcher:
         max_batch: int,
         window_us: int,
     ) -> None:
+        self.on_told: Callable[[], object] = _nothing
         self._make_compute = make_compute
         self._counters = counters
         self._max_waiting = max_waiting
@@ -187,17 +191,18 @@ class AttendBatcher:
 
     def _run(self) -> None:
         compute = self._make_compute()
-        timeout_s = 0.0
         while not self._closed:
-            self._poll(timeout_s)
+            self._poll(self._wait_s())
             if self._ended:
                 self._let_go()
-            timeout_s = self._wait_s()
-            if timeout_s == 0.0:
+            if self._turns and self._wait_s() == 0.0:
                 batch = self._take_batch()
                 if batch:
                     self._serve(compute, batch)
+                # The last thing before waiting: whom it wakes needs the interpreter.
+                self.on_told()
         self._refuse_all()
+        self.on_told()
 
     def _poll(self, timeout_s: float) -> None:
         if 0.0 < timeout_s <= self._window_s:
@@ -289,10 +294,13 @@ class AttendBatcher:
                 self._refuse(request, typed)
             return
         launch = Launch(start_s, computed.kernel_ns, len(batch))
+        self._count(launch, batch)
         answered_s = time.monotonic()
         for request, (out, lse) in zip(batch, computed.answers, strict=True):
             request.turn.answered_s = answered_s
             request.turn.stream.answer(request, launch, out, lse)
+
+    def _count(self, launch: Launch, batch: list[WaitingQuery]) -> None:
         counters = self._counters
         counters.add("attend_batches_total")
         counters.add("attend_requests_total", len(batch))
@@ -332,3 +340,7 @@ class AttendBatcher:
     def _check_open(self) -> None:
         if self._closed:
             raise ServiceUnavailableError("the service is shutting down")
+
+
+def _nothing() -> None:
+    pass

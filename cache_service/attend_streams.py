@@ -46,6 +46,7 @@ class AttendStreams:
         self._attention = attention
         self._workers = workers
         self._outbox = _Outbox()
+        attention.batcher.on_told = self._outbox.deliver
         self._streams: dict[_Stream, None] = {}
         self._draining = False
 
@@ -214,18 +215,17 @@ class _Outbox:
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
         self._answers: deque[tuple[Waiting, bytes | PolarCacheError]] = deque()
-        self._is_scheduled = False
 
     def put(self, waiting: Waiting, answer: bytes | PolarCacheError) -> None:
         """In the batcher's thread: adds an answer."""
         self._answers.append((waiting, answer))
-        if not self._is_scheduled:
-            self._is_scheduled = True
+
+    def deliver(self) -> None:
+        """In the batcher's thread: wakes the event loop, if there are answers."""
+        if self._answers:
             self.loop.call_soon_threadsafe(self._flush)
 
     def _flush(self) -> None:
-        # First, so that an answer which comes after the last look is scheduled anew.
-        self._is_scheduled = False
         while self._answers:
             waiting, answer = self._answers.popleft()
             if not waiting.done():
