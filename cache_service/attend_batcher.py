@@ -284,7 +284,8 @@ class AttendBatcher:
 
     def _serve(self, compute: AttendCompute, batch: list[WaitingQuery]) -> None:
         # Equal company gets equal order, whoever came first: its plan is found again.
-        batch.sort(key=lambda request: request.prefix.identity)
+        if len(batch) > 1:
+            batch.sort(key=lambda request: request.prefix.identity)
         start_s = time.monotonic()
         try:
             computed = compute.run(batch)
@@ -294,11 +295,11 @@ class AttendBatcher:
                 self._refuse(request, typed)
             return
         launch = Launch(start_s, computed.kernel_ns, len(batch))
-        self._count(launch, batch)
         answered_s = time.monotonic()
         for request, (out, lse) in zip(batch, computed.answers, strict=True):
             request.turn.answered_s = answered_s
             request.turn.stream.answer(request, launch, out, lse)
+        self._count(launch, batch)
 
     def _count(self, launch: Launch, batch: list[WaitingQuery]) -> None:
         counters = self._counters

@@ -84,21 +84,23 @@ class AttendCompute:
         attention(plan.query, batch, plan.out, plan.lse, self._workspace_for(attention, plan))
 
     def _plan_of(self, requests: Sequence[LayerQuery]) -> Plan:
-        layer = requests[0].layer
-        if any(request.layer != layer for request in requests):
-            # Their layers are in the page table: of no use to another launch.
-            plan = Plan(requests)
-            self._place(plan)
-            return plan
-        key = tuple((request.prefix.identity, request.num_tokens) for request in requests)
-        found = self._plans.get((requests[0].prefix.kind, *key))
+        first = requests[0]
+        key: tuple[object, ...] = (first.prefix.kind, first.prefix.identity, first.num_tokens)
+        if len(requests) > 1:
+            if any(request.layer != first.layer for request in requests):
+                # Their layers are in the page table: of no use to another launch.
+                plan = Plan(requests)
+                self._place(plan)
+                return plan
+            key = (key, *((one.prefix.identity, one.num_tokens) for one in requests))
+        found = self._plans.get(key)
         if found is not None:
             return found
         plan = Plan(requests)
         self._place(plan)
         if len(self._plans) >= _MAX_PLANS:
             self._plans.clear()
-        self._plans[requests[0].prefix.kind, *key] = plan
+        self._plans[key] = plan
         return plan
 
     def _place(self, plan: Plan) -> None:

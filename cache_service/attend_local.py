@@ -35,7 +35,7 @@ from polarcache.proto.local import ERROR, FRAME, error_body, send_body
 __all__ = ["LocalAttendStream"]
 
 _log = logging.getLogger(__name__)
-_RECEIVE_BYTES = 1 << 14
+_RECEIVE_BYTES = 1 << 12
 _ASK_BYTES = LENGTH.size + ASK.size
 _ASK = struct.Struct("<I" + ASK.format.lstrip("<"))
 _ANSWER = struct.Struct("<Ic" + ANSWER_FIELDS.format.lstrip("<"))
@@ -193,12 +193,12 @@ class LocalAttendStream:
             self._places[request_id] = offset
             opened.submit(
                 self,
+                request_id,
+                layer,
+                num_tokens,
+                position if position >= 0 else None,
+                timeout_ms,
                 self._memory[offset : offset + num_query_bytes],
-                request_id=request_id,
-                layer=layer,
-                num_tokens=num_tokens,
-                position=position if position >= 0 else None,
-                timeout_ms=timeout_ms,
             )
         except PolarCacheError as error:
             self._refuse(request_id, error)

@@ -117,12 +117,12 @@ class AttendStreams:
 def _submit(opened: OpenPrefix, call: _Call, request: pb.AttendRequest, queries: Buffer) -> None:
     opened.submit(
         call,
+        request.request_id,
+        request.layer,
+        request.num_tokens,
+        request.position if request.HasField("position") else None,
+        request.timeout_ms,
         queries,
-        request_id=request.request_id,
-        layer=request.layer,
-        num_tokens=request.num_tokens,
-        position=request.position if request.HasField("position") else None,
-        timeout_ms=request.timeout_ms,
     )
 
 

@@ -58,24 +58,23 @@ class OpenPrefix:
     def submit(
         self,
         stream: AttendStream,
-        queries: Buffer,
-        *,
         request_id: int,
         layer: int,
         num_tokens: int,
         position: int | None,
         timeout_ms: int,
+        queries: Buffer,
     ) -> None:
         """Checks a request and has it computed; the stream is told of the answer.
 
         Args:
             stream: Whose request it is.
-            queries: Their bytes.
             request_id: As in AttendRequest.
             layer: As in AttendRequest.
             num_tokens: As in AttendRequest.
             position: As in AttendRequest, None where it is unset.
             timeout_ms: As in AttendRequest.
+            queries: Bytes of the queries.
 
         Raises:
             InvalidRequestError: A value is out of range.

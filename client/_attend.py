@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import grpc
 
 from polarcache.client._attend_links import (
-    Answer,
     Ask,
     AttendLink,
     GrpcAttendLink,
@@ -23,7 +22,6 @@ from polarcache.client._types import Match
 from polarcache.client._watchdog import Watchdog
 from polarcache.proto.errors import InternalError, InvalidRequestError, PolarCacheError
 from polarcache.proto.layout import DTYPE_BYTES
-from polarcache.proto.tensors import tensor_bytes
 from polarcache.proto.v1 import polarcache_pb2 as pb
 
 if TYPE_CHECKING:
@@ -124,18 +122,28 @@ class AttendStream:
         timing: Of the last request, None before it.
     """
 
-    def __init__(self, spec: AttendSpec, link: AttendLink, ready: pb.AttendReady, timeout_s: float):
+    def __init__(
+        self, spec: AttendSpec, link: AttendLink, ready: pb.AttendReady, timeout_s: float
+    ) -> None:
+        import numpy
+        import torch
+
+        # What a request needs, looked up once.
+        layout = spec.match.namespace.spec.layout
+        self._numpy, self._torch = numpy, torch
+        self._dtype: torch.dtype = getattr(torch, spec.dtype)
+        self._shape = torch.Size((spec.query_heads, layout.head_dim))
+        self._out_shape = (spec.query_heads, layout.v_head_dim)
+        self._num_layers = layout.num_layers
         self.prefix_tokens = ready.prefix_tokens
         self.is_local = isinstance(link, LocalAttendLink)
         self.timing: AttendTiming | None = None
-        self._spec = spec
         self._link = link
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._failure: PolarCacheError | None = None
         self._last_id = 0
         self._token_bytes = query_bytes, out_bytes, lse_bytes = spec.token_bytes
-        self._shape = (spec.query_heads, spec.match.namespace.spec.layout.head_dim)
         longest = link.max_tokens(max(query_bytes, out_bytes + lse_bytes))
         self._max_tokens = min(ready.max_request_tokens, longest)
 
@@ -185,77 +193,93 @@ class AttendStream:
             DeadlineError: No answer in time.
             ServiceUnavailableError: The service is gone.
         """
-        import numpy as np
-        import torch
-
-        spec = self._spec
-        layout = spec.match.namespace.spec.layout
-        if queries.dim() != 3 or tuple(queries.shape[1:]) != self._shape or not queries.shape[0]:
-            raise InvalidRequestError(
-                f"queries {tuple(queries.shape)}: expected [tokens, *{self._shape}]"
-            )
-        if queries.dtype != getattr(torch, spec.dtype):
-            raise InvalidRequestError(f"queries {queries.dtype}: expected {spec.dtype}")
-        if not 0 <= layer < layout.num_layers or (position or 0) < 0:
+        np, torch = self._numpy, self._torch
+        shape = queries.shape
+        if shape[1:] != self._shape or not shape[0]:
+            raise InvalidRequestError(f"queries {tuple(shape)}: expected [tokens, *{self._shape}]")
+        if queries.dtype is not self._dtype:
+            raise InvalidRequestError(f"queries {queries.dtype}: expected {self._dtype}")
+        if not 0 <= layer < self._num_layers or (position or 0) < 0:
             raise InvalidRequestError(
                 f"layer {layer}, position {position}: expected a layer below "
-                f"{layout.num_layers} and no negative position"
+                f"{self._num_layers} and no negative position"
             )
-        num_tokens = queries.shape[0]
-        out = np.empty((num_tokens, spec.query_heads, layout.v_head_dim), np.float32)
-        lse = np.empty((num_tokens, spec.query_heads), np.float32)
-        self._run(
-            layer,
-            -1 if position is None else position,
-            _bytes_of(queries),
-            out.data.cast("B"),
-            lse.data.cast("B"),
-            timeout_s or self._timeout_s,
-        )
-        answer = torch.from_numpy(out), torch.from_numpy(lse)
+        source = self._bytes_of(queries)
+        timeout_s = timeout_s or self._timeout_s
+        position = -1 if position is None else position
+        first, num_tokens = 0, shape[0]
+        with self._lock:
+            ask = self._send(layer, source, first, num_tokens, position, timeout_s)
+            # While the service computes.
+            out = np.empty((num_tokens, *self._out_shape), np.float32)
+            lse = np.empty((num_tokens, self._out_shape[0]), np.float32)
+            answer = torch.from_numpy(out), torch.from_numpy(lse)
+            out_view, lse_view = out.data.cast("B"), lse.data.cast("B")
+            _, out_bytes, lse_bytes = self._token_bytes
+            while True:
+                self._receive(ask, out_view[first * out_bytes :], lse_view[first * lse_bytes :])
+                first += ask.num_tokens
+                if first == num_tokens:
+                    break
+                ask = self._send(layer, source, first, num_tokens, position, timeout_s)
         if queries.is_cpu:
             return answer
         return answer[0].to(queries.device), answer[1].to(queries.device)
 
-    def _run(
+    def _bytes_of(self, queries: torch.Tensor) -> memoryview:
+        """The bytes of a tensor on any device, of any strides, copied only where they must be."""
+        if not (queries.is_cpu and queries.is_contiguous()):
+            queries = queries.cpu().contiguous()
+        queries = queries.detach()
+        if self._dtype is self._torch.bfloat16:
+            # NumPy has no such type.
+            queries = queries.view(self._torch.int16)
+        view: memoryview = queries.numpy().data.cast("B")
+        return view
+
+    def _send(
         self,
         layer: int,
-        position: int,
         queries: memoryview,
-        out: memoryview,
-        lse: memoryview,
+        first: int,
+        num_tokens: int,
+        position: int,
         timeout_s: float,
-    ) -> None:
-        """Sends the queries in requests of at most `_max_tokens`, one after the other."""
-        query_bytes, out_bytes, lse_bytes = self._token_bytes
-        num_tokens = len(queries) // query_bytes
-        with self._lock:
-            for first in range(0, num_tokens, self._max_tokens):
-                end = min(first + self._max_tokens, num_tokens)
-                self._last_id += 1
-                answer = self._call(
-                    Ask(
-                        self._last_id,
-                        layer,
-                        end - first,
-                        position if position < 0 else position + first,
-                        queries[first * query_bytes : end * query_bytes],
-                        (end - first) * out_bytes,
-                        (end - first) * lse_bytes,
-                    ),
-                    timeout_s,
-                )
-                out[first * out_bytes : end * out_bytes] = answer.out
-                lse[first * lse_bytes : end * lse_bytes] = answer.lse
-
-    def _call(self, ask: Ask, timeout_s: float) -> Answer:
+    ) -> Ask:
+        """Sends those of the tokens from `first` on that fit a request."""
         if self._failure is not None:
             raise type(self._failure)(str(self._failure))
+        query_bytes, out_bytes, lse_bytes = self._token_bytes
+        end = min(first + self._max_tokens, num_tokens)
+        self._last_id += 1
+        ask = Ask(
+            self._last_id,
+            layer,
+            end - first,
+            position if position < 0 else position + first,
+            queries[first * query_bytes : end * query_bytes],
+            (end - first) * out_bytes,
+            (end - first) * lse_bytes,
+        )
         try:
-            answer = self._link.call(ask, timeout_s)
-            if answer.request_id != ask.request_id:
+            self._link.send(ask, timeout_s)
+        except PolarCacheError as error:
+            self._failure = error
+            raise
+        return ask
+
+    def _receive(self, ask: Ask, out: memoryview, lse: memoryview) -> None:
+        """Takes the answer to a request."""
+        try:
+            answer = self._link.receive()
+            if (answer.request_id, len(answer.out), len(answer.lse)) != (
+                ask.request_id,
+                ask.out_bytes,
+                ask.lse_bytes,
+            ):
                 raise InternalError(
-                    f"the service answered request {answer.request_id}, not {ask.request_id}"
+                    f"the answer to request {answer.request_id}, of {len(answer.out)} and "
+                    f"{len(answer.lse)} bytes, is not that to {ask.request_id}"
                 )
         except Refused as refused:
             raise refused.error from None
@@ -266,20 +290,9 @@ class AttendStream:
             # The answer is still to come: what follows would take it for its own.
             self._failure = InternalError("the stream was interrupted; open another")
             raise
-        if len(answer.out) != ask.out_bytes or len(answer.lse) != ask.lse_bytes:
-            raise InternalError(
-                f"out and lse are {len(answer.out)} and {len(answer.lse)} bytes; {ask.out_bytes} "
-                f"and {ask.lse_bytes} were expected"
-            )
+        out[: ask.out_bytes] = answer.out
+        lse[: ask.lse_bytes] = answer.lse
         self.timing = AttendTiming(answer.queue_ns, answer.kernel_ns, answer.batch_requests)
-        return answer
-
-
-def _bytes_of(queries: torch.Tensor) -> memoryview:
-    """The bytes of a tensor on any device, of any strides, copied only where they must be."""
-    if not (queries.is_cpu and queries.is_contiguous()):
-        queries = queries.cpu().contiguous()
-    return tensor_bytes(queries)
 
 
 class AttendOpener:

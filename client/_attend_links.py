@@ -15,7 +15,6 @@ from polarcache.proto.attend_doorbells import (
     ANSWER_FIELDS,
     ASK,
     LENGTH,
-    MAX_BODY_BYTES,
     REFUSAL_ID,
 )
 from polarcache.proto.attend_frames import error_named, join_request, split_response
@@ -34,6 +33,7 @@ __all__ = ["Answer", "Ask", "AttendLink", "GrpcAttendLink", "LocalAttendLink", "
 
 # Of a request's deadline.
 _QUEUE_SHARE = 0.9
+_RECEIVE_BYTES = 1 << 12
 _ASK = struct.Struct("<I" + ASK.format.lstrip("<"))
 _ANSWER = struct.Struct("<Ic" + ANSWER_FIELDS.format.lstrip("<"))
 
@@ -102,12 +102,19 @@ class AttendLink(Protocol):
             PolarCacheError: The service refused, or did not answer.
         """
 
-    def call(self, ask: Ask, timeout_s: float) -> Answer:
-        """Sends a request and waits for its answer.
+    def send(self, ask: Ask, timeout_s: float) -> None:
+        """Sends a request.
 
         Args:
             ask: The request.
-            timeout_s: Longest wait, seconds.
+            timeout_s: Longest wait for its answer, seconds.
+
+        Raises:
+            PolarCacheError: The stream broke.
+        """
+
+    def receive(self) -> Answer:
+        """Waits for the answer to the request that was sent.
 
         Raises:
             Refused: The service refused the request.
@@ -142,7 +149,7 @@ class GrpcAttendLink:
         response, _, _ = split_response(self._next(timeout_s))
         return _ready(response)
 
-    def call(self, ask: Ask, timeout_s: float) -> Answer:
+    def send(self, ask: Ask, timeout_s: float) -> None:
         """See `AttendLink`."""
         request = pb.AttendRequest(
             request_id=ask.request_id,
@@ -151,8 +158,12 @@ class GrpcAttendLink:
             position=ask.position if ask.position >= 0 else None,
             timeout_ms=_queue_ms(timeout_s),
         )
+        self._timeout_s = timeout_s
         self._requests.put(join_request(request, ask.queries))
-        response, out, lse = split_response(self._next(timeout_s))
+
+    def receive(self) -> Answer:
+        """See `AttendLink`."""
+        response, out, lse = split_response(self._next(self._timeout_s))
         if response.HasField("error"):
             raise Refused(error_named(response.error.reason, response.error.message))
         return Answer(
@@ -216,11 +227,12 @@ class LocalAttendLink(LocalConnection):
             raise self._failure(error) from error
         return _ready(response)
 
-    def call(self, ask: Ask, timeout_s: float) -> Answer:
+    def send(self, ask: Ask, timeout_s: float) -> None:
         """See `AttendLink`."""
         memory, connection = self.memory, self._socket
         request_id, layer, num_tokens, position, queries, out_bytes, lse_bytes = ask
         memory[: len(queries)] = queries
+        self._answer_bytes = out_bytes, out_bytes + lse_bytes
         try:
             if timeout_s != self._timeout_s:
                 connection.settimeout(timeout_s)
@@ -238,7 +250,13 @@ class LocalAttendLink(LocalConnection):
                     len(memory),
                 )
             )
-            received = connection.recv(MAX_BODY_BYTES)
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def receive(self) -> Answer:
+        """See `AttendLink`."""
+        try:
+            received = self._socket.recv(_RECEIVE_BYTES)
             if len(received) != _ANSWER.size:
                 received = self._rest(received)
         except OSError as error:
@@ -246,14 +264,10 @@ class LocalAttendLink(LocalConnection):
         if received[LENGTH.size : LENGTH.size + 1] != ANSWER:
             raise _told(received[LENGTH.size :])
         _, _, request_id, queue_ns, kernel_ns, batch_requests = _ANSWER.unpack(received)
-        return Answer(
-            request_id,
-            queue_ns,
-            kernel_ns,
-            batch_requests,
-            memory[:out_bytes],
-            memory[out_bytes : out_bytes + lse_bytes],
-        )
+        out_end, lse_end = self._answer_bytes
+        memory = self.memory
+        out, lse = memory[:out_end], memory[out_end:lse_end]
+        return Answer(request_id, queue_ns, kernel_ns, batch_requests, out, lse)
 
     def max_tokens(self, token_bytes: int) -> int:
         """See `AttendLink`."""
@@ -262,7 +276,7 @@ class LocalAttendLink(LocalConnection):
     def _rest(self, received: bytes) -> bytes:
         """One whole message with its length, the first bytes of which have come."""
         while len(received) < LENGTH.size or len(received) < _end(received):
-            chunk = self._socket.recv(MAX_BODY_BYTES)
+            chunk = self._socket.recv(_RECEIVE_BYTES)
             if not chunk:
                 raise ConnectionResetError("the service closed the connection")
             received += chunk

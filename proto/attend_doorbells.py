@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import struct
 
-__all__ = ["ANSWER", "ANSWER_FIELDS", "ASK", "LENGTH", "MAX_BODY_BYTES", "REFUSAL", "REFUSAL_ID"]
+__all__ = ["ANSWER", "ANSWER_FIELDS", "ASK", "LENGTH", "REFUSAL", "REFUSAL_ID"]
 
 LENGTH = struct.Struct("<I")
 # request_id, layer, num_tokens, position, timeout_ms, offset, length
@@ -27,4 +27,3 @@ ANSWER, REFUSAL = b"A", b"R"
 # request_id, queue_ns, kernel_ns, batch_requests
 ANSWER_FIELDS = struct.Struct("<QQQI")
 REFUSAL_ID = struct.Struct("<Q")
-MAX_BODY_BYTES = 1 << 14
