@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from weakref import WeakValueDictionary
+from weakref import WeakSet, WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import torch
 from polarcache.cache_service.leases import Lease
 from polarcache.cache_service.namespaces import Namespace, NamespaceRegistry
 from polarcache.cache_service.store import BlockStore, Pinned
-from polarcache.kernels.attention.batch import PAGE_UNIT_BYTES
+from polarcache.kernels.attention.batch import PAGE_UNIT_BYTES, PrefixBatch
 from polarcache.kernels.attention.options import AttentionOptions
 from polarcache.kernels.attention.prefix import PrefixAttention
 from polarcache.kernels.errors import ShapeError
@@ -93,6 +93,7 @@ class PrefixHolder:
         self._lock = threading.Lock()
         # Those of open streams: a worker can ask for any number of them.
         self._kinds: WeakValueDictionary[object, AttendKind] = WeakValueDictionary()
+        self._warm: WeakSet[AttendKind] = WeakSet()
 
     def hold(self, begin: pb.AttendBegin) -> HeldPrefix:
         """Brings a leased prefix into memory and holds it, and the lease, until `let_go`.
@@ -140,7 +141,7 @@ class PrefixHolder:
         units = np.array(offsets, dtype=np.int32)
         identity = num_tokens.to_bytes(4, "little") + units.tobytes()
         layout = namespace.spec.layout
-        return HeldPrefix(
+        prefix = HeldPrefix(
             kind=kind,
             namespace=namespace,
             num_tokens=num_tokens,
@@ -154,6 +155,41 @@ class PrefixHolder:
             pinned=pinned,
             lease=lease,
         )
+        try:
+            self._warm_up(prefix)
+        except BaseException:
+            self._store.unpin(pinned)
+            raise
+        return prefix
+
+    def _warm_up(self, prefix: HeldPrefix) -> None:
+        """Has the kernel of a new kind compiled now, before a request waits for it."""
+        with self._lock:
+            if prefix.kind in self._warm:
+                return
+            self._warm.add(prefix.kind)
+        pool = self._store.memory.pool_bytes
+        kind, device = prefix.kind, pool.device
+        words = torch.tensor([int(prefix.page_units[0]), 1, 0, 1, 0], dtype=torch.int32).to(device)
+        batch = PrefixBatch(
+            memory=pool,
+            page_table=words[:1].view(1, 1),
+            slice_offset=0,
+            lengths=words[1:2],
+            query_starts=words[2:4],
+            max_rows=1,
+            positions=words[4:] if kind.options.window else None,
+        )
+        query = torch.zeros(
+            1, kind.query_heads, prefix.head_dim, dtype=kind.query_dtype, device=device
+        )
+        out = torch.empty(1, kind.query_heads, prefix.v_head_dim, device=device)
+        lse = torch.empty(1, kind.query_heads, device=device)
+        num_bytes = kind.attention.workspace_bytes(1, 1, 1)
+        workspace = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        kind.attention(query, batch, out, lse, workspace)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     def _kind(self, begin: pb.AttendBegin, namespace: Namespace) -> AttendKind:
         if begin.query_dtype not in _QUERY_DTYPES:

@@ -153,13 +153,15 @@ class _Call:
         self, request: WaitingQuery, launch: Launch, out: memoryview, lse: memoryview
     ) -> None:
         """In the batcher's thread: passes an answer on."""
-        head = pb.AttendResponse(
-            request_id=request.request_id,
-            queue_ns=request.queue_ns(launch),
-            kernel_ns=launch.kernel_ns,
-            batch_requests=launch.num_requests,
+        frame = join_response(
+            request.request_id,
+            request.queue_ns(launch),
+            launch.kernel_ns,
+            launch.num_requests,
+            out,
+            lse,
         )
-        self._outbox.put(self._answer, join_response(head, out, lse))
+        self._outbox.put(self._answer, frame)
 
     def refuse(self, request: WaitingQuery, error: PolarCacheError) -> None:
         """In the batcher's thread: passes a refusal on."""

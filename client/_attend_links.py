@@ -103,7 +103,7 @@ class AttendLink(Protocol):
         """
 
     def send(self, ask: Ask, timeout_s: float) -> None:
-        """Sends a request.
+        """Sends a request, or has `receive` send it first.
 
         Args:
             ask: The request.
@@ -151,18 +151,21 @@ class GrpcAttendLink:
 
     def send(self, ask: Ask, timeout_s: float) -> None:
         """See `AttendLink`."""
-        request = pb.AttendRequest(
-            request_id=ask.request_id,
-            layer=ask.layer,
-            num_tokens=ask.num_tokens,
-            position=ask.position if ask.position >= 0 else None,
-            timeout_ms=_queue_ms(timeout_s),
-        )
+        # The thread of gRPC that sends needs the interpreter: it gets the request in `receive`,
+        # when this one waits.
         self._timeout_s = timeout_s
-        self._requests.put(join_request(request, ask.queries))
+        self._frame = join_request(
+            ask.request_id,
+            ask.layer,
+            ask.num_tokens,
+            ask.position,
+            _queue_ms(timeout_s),
+            ask.queries,
+        )
 
     def receive(self) -> Answer:
         """See `AttendLink`."""
+        self._requests.put(self._frame)
         response, out, lse = split_response(self._next(self._timeout_s))
         if response.HasField("error"):
             raise Refused(error_named(response.error.reason, response.error.message))

@@ -1,8 +1,9 @@
 """Frames of the Attend stream: protobuf messages whose tensors are never parsed.
 
 As in `polarcache.proto.frames`, a frame is an ordinary serialized `AttendRequest` or
-`AttendResponse`, which any language's stub reads and writes. Here the tensors (fields 14 and 15)
-are written after the message and sliced out of the received bytes as buffers.
+`AttendResponse`, which any language's stub reads and writes. Here the few fields of a request or
+an answer are written by hand before the tensors (fields 14 and 15), and the tensors of long
+messages are sliced out of the received bytes as buffers.
 """
 
 from __future__ import annotations
@@ -34,22 +35,53 @@ _NOTHING = memoryview(b"")
 _SMALL_BYTES = 1 << 16
 
 
-def join_request(message: pb.AttendRequest, queries: Buffer) -> bytes:
-    """Serializes a request and its queries, which the message leaves unset."""
-    return b"".join((message.SerializeToString(), _start(_QUERIES_TAG, len(queries)), queries))
+def join_request(
+    request_id: int, layer: int, num_tokens: int, position: int, timeout_ms: int, queries: Buffer
+) -> bytes:
+    """A serialized AttendRequest.
+
+    Args:
+        request_id: As in AttendRequest.
+        layer: As in AttendRequest.
+        num_tokens: As in AttendRequest.
+        position: As in AttendRequest, -1 to leave it unset.
+        timeout_ms: As in AttendRequest.
+        queries: Bytes of the queries.
+    """
+    head = bytearray()
+    for number, value in ((2, request_id), (3, layer), (4, num_tokens), (6, timeout_ms)):
+        _append_varint(head, number << 3, value)
+    if position >= 0:
+        _append_varint(head, 5 << 3, position)
+    _append_varint(head, _QUERIES_TAG, len(queries))
+    return b"".join((head, queries))
 
 
-def join_response(message: pb.AttendResponse, out: Buffer, lse: Buffer) -> bytes:
-    """Serializes a response and its tensors, which the message leaves unset."""
-    return b"".join(
-        (
-            message.SerializeToString(),
-            _start(_OUT_TAG, len(out)),
-            out,
-            _start(_LSE_TAG, len(lse)),
-            lse,
-        )
-    )
+def join_response(
+    request_id: int,
+    queue_ns: int,
+    kernel_ns: int,
+    batch_requests: int,
+    out: Buffer,
+    lse: Buffer,
+) -> bytes:
+    """A serialized AttendResponse.
+
+    Args:
+        request_id: As in AttendResponse.
+        queue_ns: As in AttendResponse.
+        kernel_ns: As in AttendResponse.
+        batch_requests: As in AttendResponse.
+        out: Bytes of out.
+        lse: Bytes of lse.
+    """
+    head = bytearray()
+    for number, value in ((1, request_id), (4, queue_ns), (5, kernel_ns), (6, batch_requests)):
+        _append_varint(head, number << 3, value)
+    _append_varint(head, _OUT_TAG, len(out))
+    middle = bytearray()
+    _append_varint(middle, _LSE_TAG, len(lse))
+    return b"".join((head, out, middle, lse))
 
 
 def split_request(frame: bytes) -> tuple[pb.AttendRequest, memoryview]:
@@ -133,13 +165,13 @@ def _split(
         raise InvalidRequestError(f"malformed {message_class.__name__}: {error}") from error
 
 
-def _start(tag: int, length: int) -> bytes:
-    out = bytearray((tag,))
-    while length > 0x7F:
-        out.append(length & 0x7F | 0x80)
-        length >>= 7
-    out.append(length)
-    return bytes(out)
+def _append_varint(out: bytearray, tag: int, value: int) -> None:
+    """Appends a one-byte tag and a value of at least 0."""
+    out.append(tag)
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
 
 
 def _read_varint(frame: bytes, position: int) -> tuple[int, int]:
