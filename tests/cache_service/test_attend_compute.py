@@ -19,7 +19,7 @@ from polarcache.kernels.codec import Codec
 from polarcache.kernels.layout import BlockShape
 from polarcache.kernels.profile import Profile
 
-HEADS, LAYERS, TOKENS = 4, 5, 32
+HEADS, LAYERS, TOKENS = 4, 3, 32
 # Slices of 1024 bytes, and of a size that is no multiple of page units.
 SHAPES = {"whole units": ("exact", 2, 16), "odd units": ("k=exact,v=int4", 1, 16)}
 # The same sums in another order.
