@@ -14,11 +14,15 @@ from dataclasses import dataclass
 import torch
 
 from polarcache.cache_service.attend_plan import LayerQuery, Plan, Staging, grown
+from polarcache.kernels.attention.merge import merge_states
 from polarcache.kernels.attention.prefix import PrefixAttention
 
 __all__ = ["AttendCompute", "Computed"]
 
 _MAX_PLANS = 256
+# Two launches and a merge instead of one cost about 100 us on a GPU, in which it reads this much.
+# An estimate, not a measurement. On the CPU nothing is shared: it computes run by run.
+_WORTH_BYTES = 400_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +43,14 @@ class AttendCompute:
 
     Args:
         pool: All pages, uint8.
+        worth_bytes: As for `Plan`. None for the device's own.
     """
 
-    def __init__(self, pool: torch.Tensor) -> None:
+    def __init__(self, pool: torch.Tensor, worth_bytes: int | None = None) -> None:
         self._pool = pool
+        if worth_bytes is None and pool.is_cuda:
+            worth_bytes = _WORTH_BYTES
+        self._worth_bytes = worth_bytes
         self._inputs = Staging(pool.device)
         self._outputs = Staging(pool.device)
         self._workspace: torch.Tensor | None = None
@@ -60,7 +68,7 @@ class AttendCompute:
         """Answers requests of one launch key."""
         plan = self._plan_of(requests)
         if plan is not self._last_plan:
-            plan.write_table()
+            plan.write_tables()
             self._last_plan = plan
         plan.write_queries(requests)
         attention = requests[0].prefix.kind.attention
@@ -80,8 +88,15 @@ class AttendCompute:
         return Computed(plan.answers, kernel_ns)
 
     def _launch(self, attention: PrefixAttention, plan: Plan, first: LayerQuery) -> None:
-        batch = plan.prefix_batch(self._pool, first)
-        attention(plan.query, batch, plan.out, plan.lse, self._workspace_for(attention, plan))
+        workspace = self._workspace_of(plan.workspace_bytes)
+        batches = plan.prefix_batches(self._pool, first)
+        for batch, (out, lse) in zip(batches, plan.states, strict=True):
+            attention(plan.query, batch, out, lse, workspace)
+        if len(batches) == 2:
+            (out, lse), own = plan.states
+            merged_out, merged_lse = merge_states(out, lse, *own)
+            out.copy_(merged_out)
+            lse.copy_(merged_lse)
 
     def _plan_of(self, requests: Sequence[LayerQuery]) -> Plan:
         first = requests[0]
@@ -89,14 +104,14 @@ class AttendCompute:
         if len(requests) > 1:
             if any(request.layer != first.layer for request in requests):
                 # Their layers are in the page table: of no use to another launch.
-                plan = Plan(requests)
+                plan = Plan(requests, self._worth_bytes)
                 self._place(plan)
                 return plan
             key = (key, *((one.prefix.identity, one.num_tokens) for one in requests))
         found = self._plans.get(key)
         if found is not None:
             return found
-        plan = Plan(requests)
+        plan = Plan(requests, self._worth_bytes)
         self._place(plan)
         if len(self._plans) >= _MAX_PLANS:
             self._plans.clear()
@@ -105,14 +120,13 @@ class AttendCompute:
 
     def _place(self, plan: Plan) -> None:
         grew = self._inputs.reserve(plan.input_bytes)
-        grew |= self._outputs.reserve(plan.output_bytes)
+        grew |= self._outputs.reserve(plan.staged_output_bytes)
         if grew:
             # Their views are of the old buffers.
             self._plans.clear()
         plan.place(self._inputs, self._outputs)
 
-    def _workspace_for(self, attention: PrefixAttention, plan: Plan) -> torch.Tensor | None:
-        num_bytes = attention.workspace_bytes(plan.num_rows, plan.num_sequences, plan.max_pages)
+    def _workspace_of(self, num_bytes: int) -> torch.Tensor | None:
         if num_bytes and (self._workspace is None or len(self._workspace) < num_bytes):
             size = grown(num_bytes)
             self._workspace = torch.empty(size, dtype=torch.uint8, device=self._pool.device)

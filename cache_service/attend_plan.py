@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from polarcache.cache_service.attend_prefix import AttendKind, HeldPrefix
+from polarcache.cache_service.attend_tables import PageTable, Run, split_shared
 from polarcache.kernels.attention.batch import PAGE_UNIT_BYTES, PrefixBatch
 from polarcache.proto.frames import Buffer
 
@@ -15,6 +16,8 @@ __all__ = ["LayerQuery", "Plan", "Staging", "grown"]
 
 _ALIGNMENT_BYTES = 256
 _SMALLEST_BYTES = 1 << 16
+# Decoding, also of a few tokens at a time, goes apart from prompts.
+_FEW_TOKENS = 16
 
 
 class LayerQuery:
@@ -30,7 +33,8 @@ class LayerQuery:
     Attributes:
         launch_key: Requests of one launch have equal ones. It holds what remains of the layer's
             place in a page beyond whole page units, which the page table can take up: usually
-            nothing, so that different layers go in one launch.
+            nothing, so that different layers go in one launch; and whether there are many
+            queries, since the run with the most of them shapes a launch.
     """
 
     __slots__ = ("launch_key", "layer", "num_tokens", "position", "prefix", "queries")
@@ -44,7 +48,11 @@ class LayerQuery:
         self.queries = queries
         self.position = position
         rest = layer * prefix.slice_bytes % PAGE_UNIT_BYTES
-        self.launch_key: tuple[AttendKind, int] = (prefix.kind, rest)
+        self.launch_key: tuple[AttendKind, int, bool] = (
+            prefix.kind,
+            rest,
+            num_tokens > _FEW_TOKENS,
+        )
 
 
 class Staging:
@@ -83,64 +91,58 @@ class Staging:
 class Plan:
     """One launch's places. `place` first; then any number of `write_*` and launches.
 
-    Input, int32 words: page table [S, pages], lengths [S], query starts [S + 1], positions
-    [rows] where there is a window; then, aligned, the queries. Output, fp32: out [rows, Hq, Dv],
-    lse [rows, Hq]. Requests for the same layer of the same prefix are one sequence of S.
+    Input: the page tables, int32; positions [rows], int32, where there is a window; then, aligned,
+    the queries. Output, fp32: out [rows, Hq, Dv], lse [rows, Hq]; and on the device alone the same
+    once more where there are two tables. Requests for the same layer of the same prefix are one
+    run of rows.
 
     Args:
-        requests: The requests. Where their layers differ, the page table holds them; else
+        requests: The requests. Where their layers differ, the page tables hold them; else
             the plan fits any layer.
+        worth_bytes: How many bytes less must be read for leading pages that differing prefixes
+            share to be read once, in a launch of their own. None for never.
 
     Attributes:
         num_rows: Query tokens of all requests.
-        num_sequences: Sequences, S.
-        max_pages: Columns of the page table.
+        tables: One page table, or two: of what is shared, and of the rest.
         input_bytes: Bytes of the input.
-        output_bytes: Bytes of the output.
+        output_bytes: Bytes of the output that are of use to the host.
+        staged_output_bytes: Bytes of the whole output.
+        workspace_bytes: Bytes of scratch memory of a launch.
         query: [rows, Hq, D] in the input, on the device.
-        out: fp32 [rows, Hq, Dv] in the output, on the device.
-        lse: fp32 [rows, Hq] likewise.
+        states: (out fp32 [rows, Hq, Dv], lse fp32 [rows, Hq]) for each table, on the device.
         answers: For each request the bytes of its rows of out and lse, on the host.
     """
 
     query: torch.Tensor
-    out: torch.Tensor
-    lse: torch.Tensor
+    states: list[tuple[torch.Tensor, torch.Tensor]]
     answers: list[tuple[memoryview, memoryview]]
 
-    def __init__(self, requests: Sequence[LayerQuery]) -> None:
+    def __init__(self, requests: Sequence[LayerQuery], worth_bytes: int | None = None) -> None:
         first = requests[0]
-        kind = first.prefix.kind
-        self._prefix = first.prefix
+        prefix = self._prefix = first.prefix
+        kind = prefix.kind
         self._has_window = bool(kind.options.window)
         self._is_mixed = any(request.layer != first.layer for request in requests)
-        sequences: dict[tuple[int, bytes], list[int]] = {}
-        for i, request in enumerate(requests):
-            key = (request.layer, request.prefix.identity)
-            sequences.setdefault(key, []).append(i)
-        # Of each sequence its pages, its length and its end in query rows.
-        self._sequences: list[tuple[np.ndarray, int, int]] = []
-        self._spans: list[tuple[int, int]] = [(0, 0)] * len(requests)
-        row = self._max_rows = 0
-        for ids in sequences.values():
-            begin = row
-            for i in ids:
-                self._spans[i] = (row, row + requests[i].num_tokens)
-                row += requests[i].num_tokens
-            one = requests[ids[0]]
-            units = one.prefix.page_units
-            if self._is_mixed:
-                units = units + one.layer * one.prefix.slice_bytes // PAGE_UNIT_BYTES
-            self._sequences.append((units, one.prefix.num_tokens, row))
-            self._max_rows = max(self._max_rows, row - begin)
-        self.num_rows = row
-        self.num_sequences = len(sequences)
-        self.max_pages = max(len(units) for units, _, _ in self._sequences)
-        words = self.num_sequences * (self.max_pages + 2) + 1
-        self._num_words = words + (row if self._has_window else 0)
-        self._query_start = -(-self._num_words * 4 // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        self.input_bytes = self._query_start + row * first.prefix.query_token_bytes
-        self.output_bytes = row * first.prefix.answer_token_bytes
+        runs = self._arrange(requests)
+        self.num_rows = sum(run.num_rows for run in runs)
+        self.tables = [PageTable(runs)]
+        # Positions count from a sequence's first token: with a window it cannot be cut.
+        if worth_bytes is not None and len(runs) > 1 and not self._has_window:
+            block_tokens = prefix.namespace.spec.layout.block_tokens
+            split = split_shared(runs, block_tokens, prefix.slice_bytes, worth_bytes)
+            if split is not None:
+                self.tables = [PageTable(part) for part in split]
+        num_words = sum(table.num_words for table in self.tables)
+        num_words += self.num_rows if self._has_window else 0
+        self._query_start = -(-num_words * 4 // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+        self.input_bytes = self._query_start + self.num_rows * prefix.query_token_bytes
+        self.output_bytes = self.num_rows * prefix.answer_token_bytes
+        self.staged_output_bytes = self.output_bytes * len(self.tables)
+        self.workspace_bytes = max(
+            kind.attention.workspace_bytes(self.num_rows, table.num_sequences, table.max_pages)
+            for table in self.tables
+        )
 
     def place(self, inputs: Staging, outputs: Staging) -> None:
         """Makes the views of buffers that are long enough."""
@@ -148,9 +150,12 @@ class Plan:
         prefix = self._prefix
         heads, v_head_dim = prefix.kind.query_heads, prefix.v_head_dim
         out_bytes = self.num_rows * heads * v_head_dim * 4
-        words = outputs.device[: self.output_bytes].view(torch.float32)
-        self.out = words[: out_bytes // 4].view(self.num_rows, heads, v_head_dim)
-        self.lse = words[out_bytes // 4 :].view(self.num_rows, heads)
+        self.states = []
+        for number in range(len(self.tables)):
+            start = number * self.output_bytes
+            words = outputs.device[start : start + self.output_bytes].view(torch.float32)
+            out = words[: out_bytes // 4].view(self.num_rows, heads, v_head_dim)
+            self.states.append((out, words[out_bytes // 4 :].view(self.num_rows, heads)))
         host = outputs.host.data
         out_row, lse_row = heads * v_head_dim * 4, heads * 4
         self.answers = [
@@ -161,14 +166,10 @@ class Plan:
             for row, end in self._spans
         ]
 
-    def write_table(self) -> None:
-        """Writes page table, lengths and starts; they stay until another plan writes its own."""
-        table, lengths, starts = self._host
-        starts[0] = 0
-        for sequence, (units, num_tokens, end) in enumerate(self._sequences):
-            table[sequence, : len(units)] = units
-            lengths[sequence] = num_tokens
-            starts[sequence + 1] = end
+    def write_tables(self) -> None:
+        """Writes the page tables; they stay until another plan writes its own."""
+        for table in self.tables:
+            table.write()
 
     def write_queries(self, requests: Sequence[LayerQuery]) -> None:
         """Writes what differs from launch to launch."""
@@ -179,47 +180,57 @@ class Plan:
                 first = request.position
                 self._host_positions[row:end] = np.arange(first, first + end - row, dtype=np.int32)
 
-    def prefix_batch(self, pool: torch.Tensor, first: LayerQuery) -> PrefixBatch:
-        """The batch of a launch.
+    def prefix_batches(self, pool: torch.Tensor, first: LayerQuery) -> list[PrefixBatch]:
+        """The batch of each table.
 
         Args:
             pool: All pages.
-            first: The first of its requests.
+            first: The first request of the launch.
         """
         slice_offset = first.layer * first.prefix.slice_bytes
         if self._is_mixed:
             slice_offset %= PAGE_UNIT_BYTES
-        return PrefixBatch(
-            memory=pool,
-            page_table=self._page_table,
-            slice_offset=slice_offset,
-            lengths=self._lengths,
-            query_starts=self._starts,
-            max_rows=self._max_rows,
-            positions=self._positions,
-        )
+        return [table.prefix_batch(pool, slice_offset, self._positions) for table in self.tables]
+
+    def _arrange(self, requests: Sequence[LayerQuery]) -> list[Run]:
+        """Gives every request its rows; runs that begin with the same page are neighbours."""
+        by_run: dict[tuple[int, bytes], list[int]] = {}
+        for i, request in enumerate(requests):
+            by_run.setdefault((request.layer, request.prefix.identity), []).append(i)
+        placed = []
+        for ids in by_run.values():
+            one = requests[ids[0]]
+            units = one.prefix.page_units
+            if self._is_mixed:
+                units = units + one.layer * one.prefix.slice_bytes // PAGE_UNIT_BYTES
+            placed.append((units, one.prefix.num_tokens, ids))
+        placed.sort(key=lambda one: int(one[0][0]))
+        self._spans: list[tuple[int, int]] = [(0, 0)] * len(requests)
+        runs = []
+        row = 0
+        for units, num_tokens, ids in placed:
+            begin = row
+            for i in ids:
+                self._spans[i] = (row, row + requests[i].num_tokens)
+                row += requests[i].num_tokens
+            runs.append(Run(units, num_tokens, row - begin))
+        return runs
 
     def _place_input(self, inputs: Staging) -> None:
-        sequences = self.num_sequences
-        table_end = sequences * self.max_pages
-        lengths_end, starts_end = table_end + sequences, table_end + 2 * sequences + 1
-        host = inputs.host[: self._num_words * 4].view(np.int32)
-        self._host = (
-            host[:table_end].reshape(sequences, self.max_pages),
-            host[table_end:lengths_end],
-            host[lengths_end:starts_end],
-        )
-        self._host_positions = host[starts_end:]
-        words = inputs.device[: self._num_words * 4].view(torch.int32)
-        self._page_table = words[:table_end].view(sequences, self.max_pages)
-        self._lengths = words[table_end:lengths_end]
-        self._starts = words[lengths_end:starts_end]
-        self._positions = words[starts_end:] if self._has_window else None
-        prefix = self._prefix
-        query = inputs.device[self._query_start : self.input_bytes].view(prefix.kind.query_dtype)
+        prefix, start = self._prefix, self._query_start
+        host = inputs.host[:start].view(np.int32)
+        device = inputs.device[:start].view(torch.int32)
+        word = 0
+        for table in self.tables:
+            end = word + table.num_words
+            table.place(host[word:end], device[word:end])
+            word = end
+        end = word + self.num_rows
+        self._host_positions = host[word:end]
+        self._positions = device[word:end] if self._has_window else None
+        query = inputs.device[start : self.input_bytes].view(prefix.kind.query_dtype)
         self.query = query.view(self.num_rows, prefix.kind.query_heads, prefix.head_dim)
         view, size = inputs.host.data, prefix.query_token_bytes
-        start = self._query_start
         self._queries = [view[start + row * size : start + end * size] for row, end in self._spans]
 
 

@@ -59,6 +59,9 @@ class World:
             page_units=units,
             identity=num_tokens.to_bytes(4, "little") + units.tobytes(),
             slice_bytes=self.slice_bytes,
+            namespace=SimpleNamespace(
+                spec=SimpleNamespace(layout=SimpleNamespace(block_tokens=TOKENS))
+            ),
             head_dim=self.head_dim,
             v_head_dim=self.head_dim,
             query_token_bytes=HEADS * self.head_dim * 2,
@@ -102,6 +105,36 @@ def test_any_company_gives_what_each_gets_alone(shape: str, window: int) -> None
     for group in groups:
         for request, got in zip(group, answers(compute, group), strict=True):
             np.testing.assert_allclose(got, alone[id(request)], atol=TOLERANCE)
+
+
+def test_leading_pages_that_differing_prefixes_share_are_read_once() -> None:
+    world = World(*SHAPES["whole units"])
+    prefixes = [
+        ([3, 1, 7, 4], 128), ([3, 1, 7], 96), ([3, 1, 8, 2], 100), ([5, 6], 64), ([5, 6], 33),
+        ([9], 20), ([9], 32), ([10, 3], 64),
+    ]  # fmt: skip
+    requests = [
+        world.query(pages, tokens, 1, 1 + seed % 2, seed)
+        for seed, (pages, tokens) in enumerate(prefixes)
+    ]
+    alone = [answers(AttendCompute(world.pool), [one])[0] for one in requests]
+    # 3, 1 is shared by three; 5 by two; 9 by none, since one of them sees a part of it.
+    saved_bytes = (2 * 2 + 1) * world.slice_bytes
+    for worth_bytes, num_launches in ((saved_bytes, 2), (saved_bytes + 1, 1)):
+        compute = AttendCompute(world.pool, worth_bytes)
+        for order in (requests, requests[::-1]):
+            got = answers(compute, order)
+            for request, one in zip(order, got, strict=True):
+                expected = alone[requests.index(request)]
+                np.testing.assert_allclose(one, expected, atol=TOLERANCE)
+            assert compute._last_plan is not None
+            assert len(compute._last_plan.tables) == num_launches
+    mixed = [world.query(pages, tokens, layer, 1, 0) for pages, tokens in prefixes
+             for layer in range(LAYERS)]  # fmt: skip
+    alone = [answers(AttendCompute(world.pool), [one])[0] for one in mixed]
+    compute = AttendCompute(world.pool, 1)
+    for one, expected in zip(answers(compute, mixed), alone, strict=True):
+        np.testing.assert_allclose(one, expected, atol=TOLERANCE)
 
 
 def test_buffers_grow_and_plans_of_the_old_ones_are_forgotten() -> None:
