@@ -119,7 +119,7 @@ def round_trips(device: str, rounds: int, count: int) -> dict[str, float]:
     with service(device, "256MiB") as endpoint:
         job = Job(endpoint, 0, [0], 1, SHORT, "exact", HEADS, 0)
         peers = {
-            name: (Echo if name.startswith("grpc") else PingPong)(server.address)
+            name: (Echo if name.startswith("grpc") else PingPong)(server.address())
             for name, server in servers.items()
         }
         with Client(endpoint, shared_memory_bytes=0) as remote, Client(endpoint) as local:

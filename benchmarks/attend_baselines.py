@@ -55,8 +55,11 @@ class Server:
             stdout=subprocess.PIPE,
             text=True,
         )
+
+    def address(self) -> str:
+        """Where it listens, once it does."""
         assert self._process.stdout is not None
-        self.address = self._process.stdout.readline().strip()
+        return self._process.stdout.readline().strip()
 
     def close(self) -> None:
         """Ends it."""
