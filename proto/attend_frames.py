@@ -8,6 +8,7 @@ messages are sliced out of the received bytes as buffers.
 
 from __future__ import annotations
 
+import struct
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -29,7 +30,12 @@ __all__ = [
 MessageT = TypeVar("MessageT", bound=Message)
 
 _OUT_TAG, _LSE_TAG, _QUERIES_TAG = 14 << 3 | 2, 15 << 3 | 2, 15 << 3 | 2
-_FIXED_BYTES = {1: 8, 5: 4}
+_FIXED64, _FIXED32 = 1, 5
+_FIXED_BYTES = {_FIXED64: 8, _FIXED32: 4}
+# Each value after its one-byte tag.
+_REQUEST = struct.Struct("<BQBIBIBI")
+_POSITION = struct.Struct("<BI")
+_RESPONSE = struct.Struct("<BQBQBQBI")
 _NOTHING = memoryview(b"")
 # A copy of so little costs less than looking for the tensors in Python.
 _SMALL_BYTES = 1 << 16
@@ -48,13 +54,14 @@ def join_request(
         timeout_ms: As in AttendRequest.
         queries: Bytes of the queries.
     """
-    head = bytearray()
-    for number, value in ((2, request_id), (3, layer), (4, num_tokens), (6, timeout_ms)):
-        _append_varint(head, number << 3, value)
-    if position >= 0:
-        _append_varint(head, 5 << 3, position)
-    _append_varint(head, _QUERIES_TAG, len(queries))
-    return b"".join((head, queries))
+    head = _REQUEST.pack(
+        2 << 3 | _FIXED64, request_id,
+        3 << 3 | _FIXED32, layer,
+        4 << 3 | _FIXED32, num_tokens,
+        6 << 3 | _FIXED32, timeout_ms,
+    )  # fmt: skip
+    place = _POSITION.pack(5 << 3 | _FIXED32, position) if position >= 0 else b""
+    return b"".join((head, place, _start(_QUERIES_TAG, len(queries)), queries))
 
 
 def join_response(
@@ -75,13 +82,13 @@ def join_response(
         out: Bytes of out.
         lse: Bytes of lse.
     """
-    head = bytearray()
-    for number, value in ((1, request_id), (4, queue_ns), (5, kernel_ns), (6, batch_requests)):
-        _append_varint(head, number << 3, value)
-    _append_varint(head, _OUT_TAG, len(out))
-    middle = bytearray()
-    _append_varint(middle, _LSE_TAG, len(lse))
-    return b"".join((head, out, middle, lse))
+    head = _RESPONSE.pack(
+        1 << 3 | _FIXED64, request_id,
+        4 << 3 | _FIXED64, queue_ns,
+        5 << 3 | _FIXED64, kernel_ns,
+        6 << 3 | _FIXED32, batch_requests,
+    )  # fmt: skip
+    return b"".join((head, _start(_OUT_TAG, len(out)), out, _start(_LSE_TAG, len(lse)), lse))
 
 
 def split_request(frame: bytes) -> tuple[pb.AttendRequest, memoryview]:
@@ -165,13 +172,14 @@ def _split(
         raise InvalidRequestError(f"malformed {message_class.__name__}: {error}") from error
 
 
-def _append_varint(out: bytearray, tag: int, value: int) -> None:
-    """Appends a one-byte tag and a value of at least 0."""
-    out.append(tag)
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
+def _start(tag: int, length: int) -> bytes:
+    """The tag and length of a field of bytes."""
+    out = bytearray((tag,))
+    while length > 0x7F:
+        out.append(length & 0x7F | 0x80)
+        length >>= 7
+    out.append(length)
+    return bytes(out)
 
 
 def _read_varint(frame: bytes, position: int) -> tuple[int, int]:

@@ -20,7 +20,7 @@ SIZES = (0, 1, 300, 70_000, 1 << 20)
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("position", [-1, 0, 2**31])
+@pytest.mark.parametrize("position", [-1, 0, 2**31 - 1])
 def test_a_request_is_what_the_stub_writes(size: int, position: int) -> None:
     queries = os.urandom(size)
     frame = join_request(2**40, 31, 512, position, 4_500, queries)
@@ -43,9 +43,9 @@ def test_a_request_is_what_the_stub_writes(size: int, position: int) -> None:
 @pytest.mark.parametrize("size", SIZES)
 def test_a_response_is_what_the_stub_writes(size: int) -> None:
     out, lse = os.urandom(size), os.urandom(size // 64)
-    frame = join_response(300, 0, 123_456_789, 17, out, lse)
+    frame = join_response(300, 2, 123_456_789, 17, out, lse)
     expected = pb.AttendResponse(
-        request_id=300, kernel_ns=123_456_789, batch_requests=17, out=out, lse=lse
+        request_id=300, queue_ns=2, kernel_ns=123_456_789, batch_requests=17, out=out, lse=lse
     )
     assert pb.AttendResponse.FromString(frame) == expected
     for one in (frame, expected.SerializeToString()):
@@ -64,7 +64,7 @@ def test_unknown_fields_between_the_tensors_are_skipped() -> None:
 
 
 @pytest.mark.parametrize("padding", [b"", bytes(1 << 17)], ids=["short", "long"])
-@pytest.mark.parametrize("tail", [b"\x7a\xff", b"\x7b", b"\x08" + b"\xff" * 11, b"\xa9\x01\0"])
+@pytest.mark.parametrize("tail", [b"\x7a\xff", b"\x7b", b"\x88\x01" + b"\xff" * 11, b"\xa9\x01\0"])
 def test_damage_is_refused(padding: bytes, tail: bytes) -> None:
     with pytest.raises(InvalidRequestError, match="malformed AttendRequest"):
         split_request(join_request(1, 0, 1, -1, 0, padding) + tail)
