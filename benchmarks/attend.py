@@ -30,20 +30,13 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from attend_baselines import BLOCK_TOKENS, HEAD_DIM, HEADS, KV_HEADS, Echo, PingPong, Server
+from attend_baselines import HEAD_DIM, HEADS, KV_HEADS, SHORT_PROFILES, Echo, PingPong, Server
 from attend_load import Job, Load, keys_of, run
 
 from polarcache.client import AttendStream, Client, KvLayout
 
 SHARED_BYTES = 64 << 20
-# One block of 16 tokens: the kernel takes little of the round trip.
-SHORT = {
-    "num_layers": 2,
-    "num_kv_heads": KV_HEADS,
-    "head_dim": HEAD_DIM,
-    "block_tokens": BLOCK_TOKENS,
-}
-LONG = {**SHORT, "block_tokens": 128}
+LONG = {"num_layers": 2, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "block_tokens": 128}
 CODED = "k=pair:r4t4,v=int4"
 
 
@@ -68,6 +61,13 @@ def service(device: str, memory: str, *flags: str) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait(60)
+
+
+def short_job(endpoint: str, device: str, shared_bytes: int = 0, seconds: float = 0.0) -> Job:
+    """Streams on one block: the kernel takes little of the round trip."""
+    profile, block_tokens = SHORT_PROFILES[device.partition(":")[0]]
+    layout = {**LONG, "block_tokens": block_tokens}
+    return Job(endpoint, shared_bytes, [], 1, layout, profile, HEADS, seconds)
 
 
 def store(client: Client, job: Job, prefixes: int) -> None:
@@ -117,7 +117,7 @@ def round_trips(device: str, rounds: int, count: int) -> dict[str, float]:
         for suffix, where in (("", device), ("_without_kernel", ""))
     }
     with service(device, "256MiB") as endpoint:
-        job = Job(endpoint, 0, [0], 1, SHORT, "exact", HEADS, 0)
+        job = short_job(endpoint, device)
         peers = {
             name: (Echo if name.startswith("grpc") else PingPong)(server.address())
             for name, server in servers.items()
@@ -183,10 +183,10 @@ def concurrency(device: str, counts: list[int], seconds: float) -> list[dict[str
     processes = max(1, (os.cpu_count() or 2) // 2)
     with service(device, "256MiB") as endpoint:
         with Client(endpoint, shared_memory_bytes=0) as client:
-            store(client, Job(endpoint, 0, [], 1, SHORT, "exact", HEADS, 0), max(counts))
+            store(client, short_job(endpoint, device), max(counts))
         for path, shared_bytes in (("grpc", 0), ("shared memory", SHARED_BYTES)):
             for count in counts:
-                job = Job(endpoint, shared_bytes, [], 1, SHORT, "exact", HEADS, seconds)
+                job = short_job(endpoint, device, shared_bytes, seconds)
                 load = run(split(job, count, count, processes))
                 rows.append({"path": path, "streams": count, **figures(load, seconds)})
     return rows

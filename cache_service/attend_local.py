@@ -77,9 +77,12 @@ class LocalAttendStream:
             if not request.HasField("begin"):
                 raise InvalidRequestError("the first message of a stream must be `begin`")
             self._opened = self._attention.open(request.begin)
+            self._opened.join(self)
         except Exception as error:
             typed = as_typed(error, "local attend")
             send_body(self._connection, ERROR, error_body(typed))
+            if self._opened is not None:
+                self._opened.close()
             raise ConnectionAbortedError(str(error)) from error
         try:
             send_body(self._connection, FRAME, self._opened.ready())
@@ -192,7 +195,6 @@ class LocalAttendStream:
                 )
             self._places[request_id] = offset
             opened.submit(
-                self,
                 request_id,
                 layer,
                 num_tokens,

@@ -74,7 +74,8 @@ class AttendStreams:
         )
         call = _Call(self._outbox)
         try:
-            _submit(opened, call, query, request.queries)
+            opened.join(call)
+            _submit(opened, query, request.queries)
             _, out, lse = split_response(await call.wait())
             return pb.AttendLayerResponse(out=bytes(out), lse=bytes(lse))
         finally:
@@ -91,6 +92,7 @@ class AttendStreams:
         request, _ = split_request(b"" if first is grpc.aio.EOF else first)
         opened = await self._open(request.begin, given=request.HasField("begin"))
         try:
+            opened.join(stream)
             await context.write(opened.ready())
             while (frame := await context.read()) is not grpc.aio.EOF:
                 stream.hear()
@@ -98,7 +100,7 @@ class AttendStreams:
                 try:
                     if request.HasField("region"):
                         raise InvalidRequestError("shared memory goes with the local socket alone")
-                    _submit(opened, stream, request, queries)
+                    _submit(opened, request, queries)
                     answer = await stream.wait()
                 except PolarCacheError as error:
                     answer = refusal(request.request_id, error)
@@ -114,9 +116,8 @@ class AttendStreams:
         return await self._workers.io_owned(OpenPrefix.close, self._attention.open, begin)
 
 
-def _submit(opened: OpenPrefix, call: _Call, request: pb.AttendRequest, queries: Buffer) -> None:
+def _submit(opened: OpenPrefix, request: pb.AttendRequest, queries: Buffer) -> None:
     opened.submit(
-        call,
         request.request_id,
         request.layer,
         request.num_tokens,

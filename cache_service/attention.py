@@ -55,9 +55,16 @@ class OpenPrefix:
         )
         return pb.AttendResponse(ready=ready).SerializeToString()
 
+    def join(self, stream: AttendStream) -> None:
+        """Says whose requests will come; before the first.
+
+        Raises:
+            ServiceUnavailableError: The service is shutting down.
+        """
+        self._turn = self._batcher.join(stream, self.prefix.kind)
+
     def submit(
         self,
-        stream: AttendStream,
         request_id: int,
         layer: int,
         num_tokens: int,
@@ -68,7 +75,6 @@ class OpenPrefix:
         """Checks a request and has it computed; the stream is told of the answer.
 
         Args:
-            stream: Whose request it is.
             request_id: As in AttendRequest.
             layer: As in AttendRequest.
             num_tokens: As in AttendRequest.
@@ -99,7 +105,7 @@ class OpenPrefix:
         if position > _MAX_POSITION:
             raise InvalidRequestError(f"position {position}: expected at most {_MAX_POSITION}")
         if self._turn is None:
-            self._turn = self._batcher.join(stream, prefix.kind)
+            raise RuntimeError("submit before join")
         self._batcher.submit(
             self._turn,
             WaitingQuery(prefix, layer, num_tokens, queries, position, request_id, timeout_ms),
