@@ -114,7 +114,8 @@ class AttendSpec:
 class AttendStream:
     """Attends to one prefix, which the service holds in memory until the stream is closed.
 
-    Made by `Client.attend`; use it in a `with` statement. Thread-safe: one request at a time.
+    Made by `Client.attend`; use it in a `with` statement, and close it before the client.
+    Thread-safe: one request at a time. Closing it ends a request under way with an error.
 
     Attributes:
         prefix_tokens: Stored tokens that every query attends to.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
+import socket
 import struct
 from typing import NamedTuple, Protocol
 
@@ -138,14 +140,13 @@ class GrpcAttendLink:
 
     def __init__(self, method: grpc.StreamStreamMultiCallable, watchdog: Watchdog) -> None:
         self._requests: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._answers = method(iter(self._requests.get, None))
         self._watchdog = watchdog
-        self._method = method
+        self._guard = watchdog.watch(self._answers.cancel)
 
     def open(self, begin: pb.AttendBegin, timeout_s: float) -> pb.AttendReady:
         """See `AttendLink`."""
         self._requests.put(pb.AttendRequest(begin=begin).SerializeToString())
-        self._answers = self._method(iter(self._requests.get, None))
-        self._guard = self._watchdog.watch(self._answers.cancel)
         response, _, _ = split_response(self._next(timeout_s))
         return _ready(response)
 
@@ -275,6 +276,12 @@ class LocalAttendLink(LocalConnection):
     def max_tokens(self, token_bytes: int) -> int:
         """See `AttendLink`."""
         return len(self.memory) // token_bytes
+
+    def close(self) -> None:
+        """See `AttendLink`; wakes a thread that waits for an answer."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        super().close()
 
     def _rest(self, received: bytes) -> bytes:
         """One whole message with its length, the first bytes of which have come."""

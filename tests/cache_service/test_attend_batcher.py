@@ -218,7 +218,7 @@ def test_closing_refuses_what_waits_and_takes_no_more(make: Make) -> None:
 
 
 def test_a_launch_waits_for_a_stream_that_is_due_and_only_for_that(make: Make, until: Any) -> None:
-    window_s = 0.2
+    window_s = 1.0
     batcher, compute = make(window_us=int(window_s * 1e6))
     one, two = Stream(batcher, 1), Stream(batcher, 2)
     for _ in range(1000):

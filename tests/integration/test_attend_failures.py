@@ -23,6 +23,7 @@ from polarcache.proto.errors import (
     DeadlineError,
     InvalidRequestError,
     LeaseExpiredError,
+    PolarCacheError,
     ServiceUnavailableError,
 )
 from polarcache.proto.local import receive_exactly
@@ -239,6 +240,33 @@ def test_a_service_that_dies_or_hangs_is_told_within_the_deadline(
             with pytest.raises((DeadlineError, ServiceUnavailableError)):
                 stream.attend(0, queries())
             stream.close()
+
+
+def test_closing_a_stream_ends_a_request_that_waits(
+    patient_service: Any, spec: NamespaceSpec, make_layers: Any, shared_bytes: int, until: Any
+) -> None:
+    with patient_service.client(shared_memory_bytes=shared_bytes) as client:
+        match = leased(client, spec, make_layers)
+        stream = client.attend(match, query_heads=HEADS)
+        outcomes: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                while True:
+                    stream.attend(0, queries(512))
+            except BaseException as error:
+                outcomes.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        before = client.stats().counters["attend_requests_total"]
+        until(lambda: client.stats().counters["attend_requests_total"] > before)
+        stream.close()
+        thread.join(10)
+        assert not thread.is_alive()
+        assert isinstance(outcomes[0], PolarCacheError)
+        client.release(match)
+        until(lambda: patient_service.gauges()["pinned_blocks"] == 0)
 
 
 def test_a_draining_service_ends_streams_at_once(
