@@ -84,9 +84,10 @@ class KvCacheServicer:
         self._attend_streams = AttendStreams(config, attention, workers)
 
     def drain(self) -> None:
-        """Refuses new calls and lets those that run end."""
+        """Refuses new calls, lets those that run end, and ends the streams that attend."""
         self.draining = True
         self._streams.drain()
+        self._attend_streams.drain()
 
     # -- workers ----------------------------------------------------------------------------
 
@@ -243,11 +244,6 @@ class KvCacheServicer:
         )
 
     # -- inside -----------------------------------------------------------------------------
-
-    def drain(self) -> None:
-        """Ends the streams that would go on for as long as their workers like."""
-        self.draining = True
-        self._attend_streams.drain()
 
     def health_reasons(self) -> list[str]:
         """Why the service is not well; empty when it is."""

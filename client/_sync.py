@@ -11,8 +11,8 @@ import grpc
 from polarcache.client._attend import AttendOpener, AttendSpec, AttendStream
 from polarcache.client._channel import DEFAULT_ENDPOINT, channel_options, grpc_target
 from polarcache.client._messages import clear_request, lookup_request, match_of, namespace_of
-from polarcache.client._retrieve_call import RetrieveCall
-from polarcache.client._slices import PackedSlices, RawSlices, empty_layers
+from polarcache.client._retrieve_call import RetrieveCall, receive_layers
+from polarcache.client._slices import PackedSlices, RawSlices
 from polarcache.client._store_call import StoreCall
 from polarcache.client._transport import BlockTransport
 from polarcache.client._types import (
@@ -233,7 +233,7 @@ class Client:
         else:
             call = RetrieveCall(match, first_block, num_blocks, packed=False)
             with self._transport.retrieving(call) as rest:
-                layers = _receive_layers(call, out)
+                layers = receive_layers(call, out)
                 for _ in rest:
                     pass
             count, reason = call.num_blocks, call.miss_reason
@@ -249,7 +249,7 @@ class Client:
         """
         call = RetrieveCall(match, first_block, num_blocks, packed=False)
         with self._transport.retrieving(call) as rest:
-            layers = _receive_layers(call, None)
+            layers = receive_layers(call, None)
             num_yielded = 0
             while num_yielded < len(layers):
                 while num_yielded < call.layers_done:
@@ -395,17 +395,3 @@ class Client:
             return method(request, timeout=timeout_s or self._timeout_s)
         except grpc.RpcError as error:
             raise error_from_rpc(error) from error
-
-
-def _receive_layers(
-    call: RetrieveCall, out: Sequence[tuple[Any, Any]] | None
-) -> list[LayerTensors]:
-    """Has a call write to `out`, or to new tensors; the parts of them that will be written."""
-    layout = call.match.namespace.spec.layout
-    if out is None:
-        layers = empty_layers(layout, call.num_blocks)
-        call.write_to(RawSlices(layout, call.num_blocks, layers, writable=True))
-        return layers
-    call.write_to(RawSlices(layout, call.asked_blocks, out, writable=True))
-    tokens = call.num_blocks * layout.block_tokens
-    return [(keys[:tokens], values[:tokens]) for keys, values in out]
