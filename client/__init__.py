@@ -7,6 +7,11 @@
         prefix = client.retrieve(match)
         client.store(namespace, keys[match.num_blocks:], layers)
 
+Or, without downloading it, attention over the prefix, layer by layer:
+
+        with client.attend(match, query_heads=32) as stream:
+            out, lse = stream.attend(layer, queries)
+
 `AsyncClient` has the same methods as coroutines.
 """
 
