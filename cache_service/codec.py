@@ -77,6 +77,11 @@ class BlockCodec:
         self._raw_is_packed = isinstance(profile.key, Exact) and isinstance(profile.value, Exact)
 
     @property
+    def kernel_codec(self) -> Codec:
+        """What attention over packed pages needs to read them."""
+        return self._codec
+
+    @property
     def packed_block_bytes(self) -> int:
         """Bytes of one packed block: the size of its page."""
         return self.packed.slice_bytes * self._layout.num_layers

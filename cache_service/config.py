@@ -92,6 +92,17 @@ class ServiceConfig(BaseSettings):
     cpu_threads: Annotated[int, Field(ge=1, le=1024)] = Field(
         2, description="Threads for codec and storage work, each using one core."
     )
+    attend_queue: Annotated[int, Field(ge=1)] = Field(
+        1024, description="Attention requests that may wait; further ones are refused."
+    )
+    attend_batch: Annotated[int, Field(ge=1, le=4096)] = Field(
+        256, description="Most attention requests that are computed in one launch."
+    )
+    attend_window_us: Annotated[int, Field(ge=0, le=200)] = Field(
+        200,
+        description="Longest wait for requests of other streams to join a launch, microseconds; "
+        "none when no other is due.",
+    )
     drain_timeout_s: Annotated[float, Field(ge=0)] = Field(
         20.0, description="On SIGTERM, time to finish calls and copy memory to Redis, seconds."
     )

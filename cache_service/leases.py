@@ -20,7 +20,8 @@ class Lease:
         namespace_id: Namespace of the prefix.
         block_keys: Keys of the prefix.
         entries: The entry of each block that was in memory and is pinned, None for the others.
-        expires_at_s: End, on the monotonic clock.
+        expires_at_s: End, on the monotonic clock, unless it is held.
+        num_holds: Streams that keep it from expiring.
     """
 
     lease_id: bytes
@@ -28,6 +29,11 @@ class Lease:
     block_keys: list[bytes]
     entries: list[Entry | None]
     expires_at_s: float
+    num_holds: int = 0
+
+    def has_expired(self, now_s: float) -> bool:
+        """Whether its time is over and nobody holds it."""
+        return self.expires_at_s <= now_s and not self.num_holds
 
 
 class LeaseTable:
@@ -58,7 +64,7 @@ class LeaseTable:
             LeaseExpiredError: The lease ended or was never given.
         """
         lease = self._leases.get(lease_id)
-        if lease is None or lease.expires_at_s <= now_s:
+        if lease is None or lease.has_expired(now_s):
             raise LeaseExpiredError(
                 f"lease {lease_id.hex() or '(empty)'} ended or was never given; look up again"
             )
@@ -70,7 +76,7 @@ class LeaseTable:
 
     def pop_expired(self, now_s: float) -> list[Lease]:
         """Ends all leases whose time is over; the caller unpins their entries."""
-        expired = [lease for lease in self._leases.values() if lease.expires_at_s <= now_s]
+        expired = [lease for lease in self._leases.values() if lease.has_expired(now_s)]
         for lease in expired:
             del self._leases[lease.lease_id]
         return expired

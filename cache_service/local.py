@@ -19,11 +19,14 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from polarcache.cache_service.attend_local import LocalAttendStream
+from polarcache.cache_service.attention import Attention
 from polarcache.cache_service.rpc import as_typed
 from polarcache.cache_service.transfers import StoreTransfer, Transfers
 from polarcache.proto.errors import InvalidRequestError
 from polarcache.proto.frames import split_frame
 from polarcache.proto.local import (
+    ATTEND,
     ERROR,
     FRAME,
     RETRIEVE,
@@ -51,6 +54,7 @@ class LocalSocket:
         path: Where to listen. Sockets of crashed services beside it are removed.
         boot_id: Told to workers, so that they notice another service's socket.
         transfers: Begins transfers.
+        attention: Opens prefixes to attend to.
         limit_bytes: Most shared memory of all workers together.
         threads: Threads for codecs and copies.
         idle_timeout_s: A worker that is silent for so long within a call is cut off.
@@ -61,6 +65,7 @@ class LocalSocket:
         path: Path,
         boot_id: str,
         transfers: Transfers,
+        attention: Attention,
         *,
         limit_bytes: int,
         threads: int,
@@ -69,6 +74,7 @@ class LocalSocket:
         self.path = path
         self._boot_id = boot_id
         self._transfers = transfers
+        self._attention = attention
         self._limit_bytes = limit_bytes
         self._idle_timeout_s = idle_timeout_s
         self._lock = threading.Lock()
@@ -123,13 +129,20 @@ class LocalSocket:
                     connection.settimeout(None)
                     body = receive_body(connection)
                     connection.settimeout(self._idle_timeout_s)
-                    _Call(connection, memory, self._transfers, self._threads).run(body)
+                    if body[:1] == ATTEND:
+                        self._attend(connection, memory, body[1:])
+                    else:
+                        _Call(connection, memory, self._transfers, self._threads).run(body)
             except (OSError, ValueError) as error:
                 _log.debug("local worker left: %s", error)
             finally:
                 with self._lock:
                     self._connections.discard(connection)
                     self._used_bytes -= num_bytes
+
+    def _attend(self, connection: socket.socket, memory: memoryview, frame: bytes) -> None:
+        stream = LocalAttendStream(connection, memory, self._attention, self._idle_timeout_s)
+        stream.run(frame)
 
     def _attach(self, connection: socket.socket) -> memoryview:
         raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size)
@@ -187,7 +200,7 @@ class _Call:
             elif kind == RETRIEVE:
                 self._retrieve(frame)
             else:
-                raise InvalidRequestError(f"a call must begin with S or R, got {kind!r}")
+                raise InvalidRequestError(f"a call must begin with A, R or S, got {kind!r}")
         except OSError:
             raise
         except Exception as error:

@@ -121,6 +121,29 @@ class MemoryTier:
             self._pin(entries)
             return keys, entries
 
+    def hold_lease(self, namespace_id: bytes, lease_id: bytes) -> Lease:
+        """Keeps a lease from expiring until `let_go_lease`.
+
+        Raises:
+            LeaseExpiredError: The lease ended, or is on another namespace.
+        """
+        with self._changed:
+            self._expire()
+            lease = self._leases.get(lease_id, time.monotonic())
+            if lease.namespace_id != namespace_id:
+                raise LeaseExpiredError(
+                    f"the lease is on namespace {lease.namespace_id.hex()}, not on "
+                    f"{namespace_id.hex()}; look up again"
+                )
+            lease.num_holds += 1
+            return lease
+
+    def let_go_lease(self, lease: Lease) -> None:
+        """Ends a hold: the lease expires at its own time, at once if that is over."""
+        with self._changed:
+            lease.num_holds -= 1
+            self._expire()
+
     def unpin(self, entries: Sequence[Entry | None]) -> None:
         """Takes one pin off each entry."""
         with self._changed:
@@ -232,6 +255,11 @@ class MemoryTier:
         """Sets the bytes in use above which `allocate` finds no room."""
         with self._changed:
             self._pool.limit_bytes = min(limit_bytes, self._pool.capacity_bytes)
+
+    @property
+    def pool_bytes(self) -> torch.Tensor:
+        """All pages, uint8 [capacity_bytes], for kernels that read pinned ones by offset."""
+        return self._pool.memory
 
     @property
     def capacity_bytes(self) -> int:

@@ -24,7 +24,7 @@ __all__ = ["as_typed", "method_handlers"]
 _log = logging.getLogger(__name__)
 
 # Their handlers see serialized messages.
-_RAW_STREAMS = {"Store", "Retrieve"}
+_RAW_STREAMS = {"Store", "Retrieve", "Attend"}
 
 
 def method_handlers(service: ServiceDescriptor, servicer: object) -> grpc.GenericRpcHandler:

@@ -14,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 
+from polarcache.cache_service.attention import Attention
 from polarcache.cache_service.config import ServiceConfig
 from polarcache.cache_service.embedded_redis import EmbeddedRedis, short_socket_path
 from polarcache.cache_service.local import LocalSocket
@@ -73,6 +74,7 @@ class Service:
         self._store = BlockStore(memory, self._redis, counters)
         self._workers = Workers(config.cpu_threads)
         namespaces = NamespaceRegistry(device, config.max_message_bytes // 2)
+        self._attention = Attention(config, self._store, namespaces, counters)
         transfers = Transfers(self._store, namespaces, counters, config.max_blocks_per_call)
         self._local: LocalSocket | None = None
         if config.shared_memory:
@@ -81,6 +83,7 @@ class Service:
                 short_socket_path(config.state_dir.resolve(), f"local-{boot_id[:8]}.sock"),
                 boot_id,
                 transfers,
+                self._attention,
                 limit_bytes=config.shared_memory_limit,
                 threads=config.cpu_threads,
                 idle_timeout_s=config.stream_idle_ms / 1000,
@@ -93,6 +96,7 @@ class Service:
             self._local,
             counters,
             transfers,
+            self._attention,
             self._workers,
             boot_id,
             str(device),
@@ -156,6 +160,7 @@ class Service:
             left = await self._workers.io(self._store.spill_all, self._config.drain_timeout_s)
             if left:
                 _log.warning("%d blocks were not copied to Redis", left)
+        self._attention.close()
         self._workers.close()
         if self._local is not None:
             self._local.close()

@@ -14,6 +14,8 @@ from typing import TypeAlias
 
 import grpc
 
+from polarcache.cache_service.attend_streams import AttendStreams
+from polarcache.cache_service.attention import Attention
 from polarcache.cache_service.config import ServiceConfig
 from polarcache.cache_service.local import LocalSocket
 from polarcache.cache_service.metrics import Counters
@@ -25,7 +27,7 @@ from polarcache.cache_service.transfers import Transfers, check_keys
 from polarcache.cache_service.workers import Workers
 from polarcache.kernels.layout import LAYOUT_VERSION
 from polarcache.kernels.profile import KEY_CODECS, VALUE_CODECS
-from polarcache.proto.errors import InvalidRequestError, UnsupportedError
+from polarcache.proto.errors import InvalidRequestError
 from polarcache.proto.keys import MAX_BLOCK_KEY_BYTES
 from polarcache.proto.layout import NamespaceSpec
 from polarcache.proto.v1 import polarcache_pb2 as pb
@@ -46,6 +48,7 @@ class KvCacheServicer:
         local: The local socket, or None.
         counters: Where to count.
         transfers: Begins stores and retrieves.
+        attention: Opens prefixes to attend to.
         workers: Threads for what takes time.
         boot_id: Random for each start.
         device: Name of the memory tier's device.
@@ -60,6 +63,7 @@ class KvCacheServicer:
         local: LocalSocket | None,
         counters: Counters,
         transfers: Transfers,
+        attention: Attention,
         workers: Workers,
         boot_id: str,
         device: str,
@@ -76,11 +80,14 @@ class KvCacheServicer:
         self.draining = False
         self._workers = workers
         self._streams = BlockStreams(config, transfers, workers)
+        self._attention = attention
+        self._attend_streams = AttendStreams(config, attention, workers)
 
     def drain(self) -> None:
-        """Refuses new calls and lets those that run end."""
+        """Refuses new calls, lets those that run end, and ends the streams that attend."""
         self.draining = True
         self._streams.drain()
+        self._attend_streams.drain()
 
     # -- workers ----------------------------------------------------------------------------
 
@@ -150,12 +157,15 @@ class KvCacheServicer:
         """Sends blocks."""
         await self._streams.retrieve(context)
 
-    async def Attend(
-        self, request: AsyncIterator[pb.AttendRequest], context: Context
-    ) -> AsyncIterator[pb.AttendResponse]:
-        """Refuses: this version of the service has no attention."""
-        raise UnsupportedError("this version of the service retrieves blocks; it does not attend")
-        yield pb.AttendResponse()
+    async def Attend(self, request: AsyncIterator[bytes], context: Context) -> None:
+        """Attends to a prefix."""
+        await self._attend_streams.attend(context)
+
+    async def AttendLayer(
+        self, request: pb.AttendLayerRequest, context: Context
+    ) -> pb.AttendLayerResponse:
+        """Attends to one layer of a prefix."""
+        return await self._attend_streams.attend_layer(request)
 
     async def ReleaseLease(
         self, request: pb.ReleaseLeaseRequest, context: Context
@@ -173,7 +183,7 @@ class KvCacheServicer:
 
     async def Stats(self, request: pb.StatsRequest, context: Context) -> pb.StatsResponse:
         """Tells counters and gauges."""
-        gauges = self._store.memory.gauges()
+        gauges = self._store.memory.gauges() | self._attention.batcher.gauges()
         if self._local is not None:
             gauges |= self._local.gauges()
         if self._redis is not None:

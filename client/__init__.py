@@ -7,10 +7,17 @@
         prefix = client.retrieve(match)
         client.store(namespace, keys[match.num_blocks:], layers)
 
+Or, without downloading it, attention over the prefix, layer by layer:
+
+        with client.attend(match, query_heads=32) as stream:
+            out, lse = stream.attend(layer, queries)
+
 `AsyncClient` has the same methods as coroutines.
 """
 
 from polarcache.client._async import AsyncClient
+from polarcache.client._async_attend import AsyncAttendStream
+from polarcache.client._attend import AttendStream, AttendTiming
 from polarcache.client._channel import DEFAULT_ENDPOINT
 from polarcache.client._sync import Client
 from polarcache.client._types import (
@@ -26,7 +33,10 @@ from polarcache.proto.malloc import keep_freed_memory
 
 __all__ = [
     "DEFAULT_ENDPOINT",
+    "AsyncAttendStream",
     "AsyncClient",
+    "AttendStream",
+    "AttendTiming",
     "Client",
     "KvLayout",
     "Match",

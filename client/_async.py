@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
+from polarcache.client._async_attend import AsyncAttendStream
 from polarcache.client._channel import DEFAULT_ENDPOINT
 from polarcache.client._sync import Client
 from polarcache.client._types import (
@@ -181,6 +182,34 @@ class AsyncClient:
             num_blocks=num_blocks,
             out=out,
         )
+
+    async def attend(
+        self,
+        match: Match,
+        *,
+        query_heads: int,
+        query_dtype: str = "",
+        prefix_tokens: int = 0,
+        scale: float = 0.0,
+        soft_cap: float = 0.0,
+        window: int = 0,
+        sink_tokens: int = 0,
+        timeout_s: float | None = None,
+    ) -> AsyncAttendStream:
+        """See `Client.attend`; use it as `async with await client.attend(...) as stream`."""
+        stream = await self._run(
+            self._client.attend,
+            match,
+            query_heads=query_heads,
+            query_dtype=query_dtype,
+            prefix_tokens=prefix_tokens,
+            scale=scale,
+            soft_cap=soft_cap,
+            window=window,
+            sink_tokens=sink_tokens,
+            timeout_s=timeout_s,
+        )
+        return AsyncAttendStream(stream, self._run)
 
     async def delete(self, namespace: Namespace, block_keys: Sequence[bytes]) -> int:
         """See `Client.delete`."""

@@ -76,6 +76,7 @@ class LocalConnection:
         except OSError:
             self._socket.close()
             raise
+        self.memory = view
         self.slot_bytes = num_bytes // _SLOTS
         self.slots = [
             Slot(
@@ -173,8 +174,12 @@ class LocalPool:
         self.slot_bytes = self._connection_bytes // _SLOTS
         self._lock = threading.Lock()
         self._idle: list[LocalConnection] = []
-        is_here = bool(num_bytes and self._path and os.path.exists(self._path))
-        self._num_left = _MAX_CONNECTIONS if is_here else 0
+        self._is_here = bool(num_bytes and self._path and os.path.exists(self._path))
+        self._num_left = _MAX_CONNECTIONS if self._is_here else 0
+
+    def address(self) -> tuple[str, str] | None:
+        """The service's socket and boot id, for a connection of one's own; None if not here."""
+        return (self._path, self._boot_id) if self._is_here else None
 
     def borrow(self) -> LocalConnection | None:
         """A connection for one call; None when there is none to be had."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from polarcache.client._slices import PackedSlices, RawSlices
-from polarcache.client._types import Match
+from polarcache.client._slices import PackedSlices, RawSlices, empty_layers
+from polarcache.client._types import LayerTensors, Match
 from polarcache.proto.errors import BlockCorruptError, InternalError, InvalidRequestError
 from polarcache.proto.frames import checksum, split_frame
 from polarcache.proto.v1 import polarcache_pb2 as pb
@@ -14,7 +14,7 @@ from polarcache.proto.v1 import polarcache_pb2 as pb
 if TYPE_CHECKING:
     from polarcache.client._local import Slot
 
-__all__ = ["RetrieveCall"]
+__all__ = ["RetrieveCall", "receive_layers"]
 
 
 class RetrieveCall:
@@ -165,3 +165,15 @@ class RetrieveCall:
                 self._left_of_layer[layer] -= 1
         while self.layers_done < self._num_layers and not self._left_of_layer[self.layers_done]:
             self.layers_done += 1
+
+
+def receive_layers(call: RetrieveCall, out: Sequence[tuple[Any, Any]] | None) -> list[LayerTensors]:
+    """Has a call write to `out`, or to new tensors; the parts of them that will be written."""
+    layout = call.match.namespace.spec.layout
+    if out is None:
+        layers = empty_layers(layout, call.num_blocks)
+        call.write_to(RawSlices(layout, call.num_blocks, layers, writable=True))
+        return layers
+    call.write_to(RawSlices(layout, call.asked_blocks, out, writable=True))
+    tokens = call.num_blocks * layout.block_tokens
+    return [(keys[:tokens], values[:tokens]) for keys, values in out]

@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 
 import grpc
 
+from polarcache.client._attend import AttendOpener, AttendSpec, AttendStream
 from polarcache.client._channel import DEFAULT_ENDPOINT, channel_options, grpc_target
 from polarcache.client._messages import clear_request, lookup_request, match_of, namespace_of
-from polarcache.client._retrieve_call import RetrieveCall
-from polarcache.client._slices import PackedSlices, RawSlices, empty_layers
+from polarcache.client._retrieve_call import RetrieveCall, receive_layers
+from polarcache.client._slices import PackedSlices, RawSlices
 from polarcache.client._store_call import StoreCall
 from polarcache.client._transport import BlockTransport
 from polarcache.client._types import (
@@ -66,6 +67,7 @@ class Client:
         self._stub = stubs.KvCacheStub(self._channel)
         self._admin = stubs.KvCacheAdminStub(self._channel)
         self._transport = BlockTransport(self._channel, transfer_timeout_s, shared_memory_bytes)
+        self._attention = AttendOpener(self._channel, self._transport, transfer_timeout_s)
 
     def __enter__(self) -> Client:
         return self
@@ -231,7 +233,7 @@ class Client:
         else:
             call = RetrieveCall(match, first_block, num_blocks, packed=False)
             with self._transport.retrieving(call) as rest:
-                layers = _receive_layers(call, out)
+                layers = receive_layers(call, out)
                 for _ in rest:
                     pass
             count, reason = call.num_blocks, call.miss_reason
@@ -247,7 +249,7 @@ class Client:
         """
         call = RetrieveCall(match, first_block, num_blocks, packed=False)
         with self._transport.retrieving(call) as rest:
-            layers = _receive_layers(call, None)
+            layers = receive_layers(call, None)
             num_yielded = 0
             while num_yielded < len(layers):
                 while num_yielded < call.layers_done:
@@ -279,6 +281,46 @@ class Client:
             for _ in rest:
                 pass
         return RetrievedPacked(blocks, call.miss_reason)
+
+    def attend(
+        self,
+        match: Match,
+        *,
+        query_heads: int,
+        query_dtype: str = "",
+        prefix_tokens: int = 0,
+        scale: float = 0.0,
+        soft_cap: float = 0.0,
+        window: int = 0,
+        sink_tokens: int = 0,
+        timeout_s: float | None = None,
+    ) -> AttendStream:
+        """Opens a stream over which to attend to a prefix that stays in the service.
+
+        Blocks that only Redis holds are brought into memory; all are held there, and the lease
+        does not expire, until the stream is closed.
+
+        Args:
+            match: From `lookup`, with a lease.
+            query_heads: Query heads on this rank, a multiple of the namespace's KV heads.
+            query_dtype: "float16", "bfloat16" or "float32"; "" for the namespace's dtype.
+            prefix_tokens: Tokens of the match to attend to; 0 for all.
+            scale: Factor on q.k before the softmax; 0 for 1 / sqrt(head_dim).
+            soft_cap: Scores become cap * tanh(score / cap); 0 for no cap.
+            window: A query at position p sees stored tokens after p - window alone; 0 for all.
+            sink_tokens: First stored tokens that are seen outside of the window too.
+            timeout_s: Deadline of each request, seconds; None for the client's.
+
+        Raises:
+            InvalidRequestError: An argument is out of range, or the match has no lease.
+            LeaseExpiredError: Look up again.
+            BlockNotFoundError: A block is gone; the message names it.
+        """
+        self._transport.service(self.describe)
+        spec = AttendSpec(
+            match, query_heads, query_dtype, prefix_tokens, scale, soft_cap, window, sink_tokens
+        )
+        return self._attention.open(spec, timeout_s or self._timeout_s)
 
     def delete(self, namespace: Namespace, block_keys: Sequence[bytes]) -> int:
         """Removes blocks from every tier; how many were in one."""
@@ -353,17 +395,3 @@ class Client:
             return method(request, timeout=timeout_s or self._timeout_s)
         except grpc.RpcError as error:
             raise error_from_rpc(error) from error
-
-
-def _receive_layers(
-    call: RetrieveCall, out: Sequence[tuple[Any, Any]] | None
-) -> list[LayerTensors]:
-    """Has a call write to `out`, or to new tensors; the parts of them that will be written."""
-    layout = call.match.namespace.spec.layout
-    if out is None:
-        layers = empty_layers(layout, call.num_blocks)
-        call.write_to(RawSlices(layout, call.num_blocks, layers, writable=True))
-        return layers
-    call.write_to(RawSlices(layout, call.asked_blocks, out, writable=True))
-    tokens = call.num_blocks * layout.block_tokens
-    return [(keys[:tokens], values[:tokens]) for keys, values in out]

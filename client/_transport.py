@@ -57,6 +57,11 @@ class BlockTransport:
             local.close()
         self._stores.close()
 
+    def local_address(self) -> tuple[str, str] | None:
+        """Socket and boot id of a service on the same host; None where memory is not shared."""
+        pool = self._local
+        return pool.address() if pool else None
+
     def store(self, call: StoreCall) -> StoreResult:
         """Runs a store.
 

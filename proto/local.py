@@ -7,8 +7,9 @@ Over a unix socket, whose path the service tells over gRPC (`DescribeResponse.lo
     service -> worker   32 bytes: the boot id in hex; the worker closes if it is another one's
 
 then any number of calls, one at a time, in messages of a 4-byte little-endian length and a body.
-The first body of a call is one byte, `STORE` or `RETRIEVE`, and the first frame of that stream;
-the following ones are the stream's frames, whose payloads lie in the shared memory (`region`).
+The first body of a call is one byte, `STORE`, `RETRIEVE` or `ATTEND`, and the first frame of that
+stream; the following ones are the stream's frames, whose payloads lie in the shared memory
+(`region`). A worker ends an Attend stream by closing the connection.
 A body of the service begins with one byte: `FRAME`, or `ERROR`, upon which follow the name of the
 error class, a zero byte and the message, and the service closes the connection.
 """
@@ -21,6 +22,7 @@ import struct
 from polarcache.proto import errors
 
 __all__ = [
+    "ATTEND",
     "BOOT_ID_BYTES",
     "ERROR",
     "FRAME",
@@ -34,7 +36,7 @@ __all__ = [
     "send_body",
 ]
 
-STORE, RETRIEVE = b"S", b"R"
+STORE, RETRIEVE, ATTEND = b"S", b"R", b"A"
 FRAME, ERROR = b"F", b"E"
 SIZE = struct.Struct("<Q")
 BOOT_ID_BYTES = 32

@@ -315,21 +315,27 @@ class RetrieveHeader(_message.Message):
     def __init__(self, num_blocks: _Optional[int] = ..., miss_reason: _Optional[str] = ...) -> None: ...
 
 class AttendRequest(_message.Message):
-    __slots__ = ("begin", "request_id", "layer", "num_tokens", "queries")
+    __slots__ = ("begin", "request_id", "layer", "num_tokens", "position", "timeout_ms", "region", "queries")
     BEGIN_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_MS_FIELD_NUMBER: _ClassVar[int]
+    REGION_FIELD_NUMBER: _ClassVar[int]
     QUERIES_FIELD_NUMBER: _ClassVar[int]
     begin: AttendBegin
     request_id: int
     layer: int
     num_tokens: int
+    position: int
+    timeout_ms: int
+    region: RegionRange
     queries: bytes
-    def __init__(self, begin: _Optional[_Union[AttendBegin, _Mapping]] = ..., request_id: _Optional[int] = ..., layer: _Optional[int] = ..., num_tokens: _Optional[int] = ..., queries: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, begin: _Optional[_Union[AttendBegin, _Mapping]] = ..., request_id: _Optional[int] = ..., layer: _Optional[int] = ..., num_tokens: _Optional[int] = ..., position: _Optional[int] = ..., timeout_ms: _Optional[int] = ..., region: _Optional[_Union[RegionRange, _Mapping]] = ..., queries: _Optional[bytes] = ...) -> None: ...
 
 class AttendBegin(_message.Message):
-    __slots__ = ("namespace_id", "lease_id", "prefix_tokens", "num_q_heads", "query_dtype", "scale", "logit_soft_cap", "sliding_window")
+    __slots__ = ("namespace_id", "lease_id", "prefix_tokens", "num_q_heads", "query_dtype", "scale", "logit_soft_cap", "sliding_window", "sink_tokens")
     NAMESPACE_ID_FIELD_NUMBER: _ClassVar[int]
     LEASE_ID_FIELD_NUMBER: _ClassVar[int]
     PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
@@ -338,6 +344,7 @@ class AttendBegin(_message.Message):
     SCALE_FIELD_NUMBER: _ClassVar[int]
     LOGIT_SOFT_CAP_FIELD_NUMBER: _ClassVar[int]
     SLIDING_WINDOW_FIELD_NUMBER: _ClassVar[int]
+    SINK_TOKENS_FIELD_NUMBER: _ClassVar[int]
     namespace_id: bytes
     lease_id: bytes
     prefix_tokens: int
@@ -346,17 +353,66 @@ class AttendBegin(_message.Message):
     scale: float
     logit_soft_cap: float
     sliding_window: int
-    def __init__(self, namespace_id: _Optional[bytes] = ..., lease_id: _Optional[bytes] = ..., prefix_tokens: _Optional[int] = ..., num_q_heads: _Optional[int] = ..., query_dtype: _Optional[_Union[Dtype, str]] = ..., scale: _Optional[float] = ..., logit_soft_cap: _Optional[float] = ..., sliding_window: _Optional[int] = ...) -> None: ...
+    sink_tokens: int
+    def __init__(self, namespace_id: _Optional[bytes] = ..., lease_id: _Optional[bytes] = ..., prefix_tokens: _Optional[int] = ..., num_q_heads: _Optional[int] = ..., query_dtype: _Optional[_Union[Dtype, str]] = ..., scale: _Optional[float] = ..., logit_soft_cap: _Optional[float] = ..., sliding_window: _Optional[int] = ..., sink_tokens: _Optional[int] = ...) -> None: ...
 
 class AttendResponse(_message.Message):
-    __slots__ = ("request_id", "out", "lse")
+    __slots__ = ("request_id", "ready", "error", "queue_ns", "kernel_ns", "batch_requests", "out", "lse")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_NS_FIELD_NUMBER: _ClassVar[int]
+    KERNEL_NS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     OUT_FIELD_NUMBER: _ClassVar[int]
     LSE_FIELD_NUMBER: _ClassVar[int]
     request_id: int
+    ready: AttendReady
+    error: AttendError
+    queue_ns: int
+    kernel_ns: int
+    batch_requests: int
     out: bytes
     lse: bytes
-    def __init__(self, request_id: _Optional[int] = ..., out: _Optional[bytes] = ..., lse: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, request_id: _Optional[int] = ..., ready: _Optional[_Union[AttendReady, _Mapping]] = ..., error: _Optional[_Union[AttendError, _Mapping]] = ..., queue_ns: _Optional[int] = ..., kernel_ns: _Optional[int] = ..., batch_requests: _Optional[int] = ..., out: _Optional[bytes] = ..., lse: _Optional[bytes] = ...) -> None: ...
+
+class AttendReady(_message.Message):
+    __slots__ = ("prefix_tokens", "max_request_tokens")
+    PREFIX_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUEST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    prefix_tokens: int
+    max_request_tokens: int
+    def __init__(self, prefix_tokens: _Optional[int] = ..., max_request_tokens: _Optional[int] = ...) -> None: ...
+
+class AttendError(_message.Message):
+    __slots__ = ("reason", "message")
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    message: str
+    def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
+
+class AttendLayerRequest(_message.Message):
+    __slots__ = ("begin", "layer", "num_tokens", "position", "queries")
+    BEGIN_FIELD_NUMBER: _ClassVar[int]
+    LAYER_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    POSITION_FIELD_NUMBER: _ClassVar[int]
+    QUERIES_FIELD_NUMBER: _ClassVar[int]
+    begin: AttendBegin
+    layer: int
+    num_tokens: int
+    position: int
+    queries: bytes
+    def __init__(self, begin: _Optional[_Union[AttendBegin, _Mapping]] = ..., layer: _Optional[int] = ..., num_tokens: _Optional[int] = ..., position: _Optional[int] = ..., queries: _Optional[bytes] = ...) -> None: ...
+
+class AttendLayerResponse(_message.Message):
+    __slots__ = ("out", "lse")
+    OUT_FIELD_NUMBER: _ClassVar[int]
+    LSE_FIELD_NUMBER: _ClassVar[int]
+    out: bytes
+    lse: bytes
+    def __init__(self, out: _Optional[bytes] = ..., lse: _Optional[bytes] = ...) -> None: ...
 
 class ReleaseLeaseRequest(_message.Message):
     __slots__ = ("lease_id",)

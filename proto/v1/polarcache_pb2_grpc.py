@@ -65,6 +65,11 @@ class KvCacheStub(object):
                 request_serializer=polarcache_dot_proto_dot_v1_dot_polarcache__pb2.AttendRequest.SerializeToString,
                 response_deserializer=polarcache_dot_proto_dot_v1_dot_polarcache__pb2.AttendResponse.FromString,
                 _registered_method=True)
+        self.AttendLayer = channel.unary_unary(
+                '/polarcache.v1.KvCache/AttendLayer',
+                request_serializer=polarcache_dot_proto_dot_v1_dot_polarcache__pb2.AttendLayerRequest.SerializeToString,
+                response_deserializer=polarcache_dot_proto_dot_v1_dot_polarcache__pb2.AttendLayerResponse.FromString,
+                _registered_method=True)
         self.ReleaseLease = channel.unary_unary(
                 '/polarcache.v1.KvCache/ReleaseLease',
                 request_serializer=polarcache_dot_proto_dot_v1_dot_polarcache__pb2.ReleaseLeaseRequest.SerializeToString,
@@ -128,8 +133,17 @@ class KvCacheServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Attend(self, request_iterator, context):
-        """Runs decode attention over a leased prefix, one layer a request, on a stream that lives as
-        long as the prefix is needed. Answers UNIMPLEMENTED where the service has no attention.
+        """Runs attention over a leased prefix, one layer a request, on a stream that lives as long as the
+        prefix is needed. The worker sends `begin`; the service brings every block of the prefix into
+        memory, holds it there and answers `ready`; then it answers requests, one after the other, until
+        the worker ends the stream. A block that is gone ends it with NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def AttendLayer(self, request, context):
+        """Attend for one layer in one call, for callers without streams. Costs the opening each time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -188,6 +202,11 @@ def add_KvCacheServicer_to_server(servicer, server):
                     servicer.Attend,
                     request_deserializer=polarcache_dot_proto_dot_v1_dot_polarcache__pb2.AttendRequest.FromString,
                     response_serializer=polarcache_dot_proto_dot_v1_dot_polarcache__pb2.AttendResponse.SerializeToString,
+            ),
+            'AttendLayer': grpc.unary_unary_rpc_method_handler(
+                    servicer.AttendLayer,
+                    request_deserializer=polarcache_dot_proto_dot_v1_dot_polarcache__pb2.AttendLayerRequest.FromString,
+                    response_serializer=polarcache_dot_proto_dot_v1_dot_polarcache__pb2.AttendLayerResponse.SerializeToString,
             ),
             'ReleaseLease': grpc.unary_unary_rpc_method_handler(
                     servicer.ReleaseLease,
@@ -368,6 +387,33 @@ class KvCache(object):
             '/polarcache.v1.KvCache/Attend',
             polarcache_dot_proto_dot_v1_dot_polarcache__pb2.AttendRequest.SerializeToString,
             polarcache_dot_proto_dot_v1_dot_polarcache__pb2.AttendResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AttendLayer(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/polarcache.v1.KvCache/AttendLayer',
+            polarcache_dot_proto_dot_v1_dot_polarcache__pb2.AttendLayerRequest.SerializeToString,
+            polarcache_dot_proto_dot_v1_dot_polarcache__pb2.AttendLayerResponse.FromString,
             options,
             channel_credentials,
             insecure,

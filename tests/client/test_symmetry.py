@@ -1,6 +1,8 @@
 import inspect
 
-from polarcache.client import AsyncClient, Client
+import pytest
+
+from polarcache.client import AsyncAttendStream, AsyncClient, AttendStream, Client
 
 
 def methods(cls: type) -> dict[str, inspect.Signature]:
@@ -11,11 +13,20 @@ def methods(cls: type) -> dict[str, inspect.Signature]:
     }
 
 
-def test_both_clients_have_the_same_methods_and_parameters() -> None:
-    blocking, asynchronous = methods(Client), methods(AsyncClient)
+@pytest.mark.parametrize(
+    ("blocking_class", "asynchronous_class"),
+    [(Client, AsyncClient), (AttendStream, AsyncAttendStream)],
+)
+def test_both_kinds_have_the_same_methods_and_parameters(
+    blocking_class: type, asynchronous_class: type
+) -> None:
+    blocking, asynchronous = methods(blocking_class), methods(asynchronous_class)
     assert blocking.keys() == asynchronous.keys()
     for name, signature in blocking.items():
         assert signature.parameters == asynchronous[name].parameters, name
+
+
+def test_both_clients_are_made_alike() -> None:
     assert inspect.signature(Client).parameters == inspect.signature(AsyncClient).parameters
 
 

@@ -1,0 +1,115 @@
+"""Requests that wait for attention, and the streams that sent them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from typing import Protocol
+
+from polarcache.cache_service.attend_plan import LayerQuery
+from polarcache.cache_service.attend_prefix import AttendKind, HeldPrefix
+from polarcache.proto.errors import PolarCacheError
+from polarcache.proto.frames import Buffer
+
+__all__ = ["AttendStream", "Launch", "Turn", "WaitingQuery", "Watched"]
+
+
+class Launch:
+    """What the requests of one launch share.
+
+    Attributes:
+        start_s: When it was begun, on the monotonic clock.
+        kernel_ns: Time of its kernel.
+        num_requests: Requests that it computed.
+    """
+
+    __slots__ = ("kernel_ns", "num_requests", "start_s")
+
+    def __init__(self, start_s: float, kernel_ns: int, num_requests: int) -> None:
+        self.start_s = start_s
+        self.kernel_ns = kernel_ns
+        self.num_requests = num_requests
+
+
+class WaitingQuery(LayerQuery):
+    """A request that waits for its launch.
+
+    Args:
+        prefix: As for `LayerQuery`.
+        layer: As for `LayerQuery`.
+        num_tokens: As for `LayerQuery`.
+        queries: As for `LayerQuery`.
+        position: As for `LayerQuery`.
+        request_id: The worker's name for it.
+        deadline_s: When it is refused instead, on the monotonic clock.
+    """
+
+    __slots__ = ("arrived_s", "deadline_s", "request_id", "turn")
+
+    turn: Turn
+
+    def __init__(
+        self,
+        prefix: HeldPrefix,
+        layer: int,
+        num_tokens: int,
+        queries: Buffer,
+        position: int,
+        request_id: int,
+        timeout_ms: int,
+    ) -> None:
+        LayerQuery.__init__(self, prefix, layer, num_tokens, queries, position)
+        self.request_id = request_id
+        self.arrived_s = time.monotonic()
+        self.deadline_s = self.arrived_s + timeout_ms / 1e3 if timeout_ms else math.inf
+
+    def queue_ns(self, launch: Launch) -> int:
+        """How long it waited for its launch."""
+        return int((launch.start_s - self.arrived_s) * 1e9)
+
+
+class AttendStream(Protocol):
+    """Whose requests they are. Called in the batcher's thread."""
+
+    def answer(
+        self, request: WaitingQuery, launch: Launch, out: memoryview, lse: memoryview
+    ) -> None:
+        """Takes an answer, whose views are valid during the call."""
+
+    def refuse(self, request: WaitingQuery, error: PolarCacheError) -> None:
+        """Takes the news that a request has no answer."""
+
+
+class Watched(Protocol):
+    """A socket that the batcher reads. Called in the batcher's thread."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+
+    def on_readable(self) -> None:
+        """Reads what is there."""
+
+    def on_tick(self, now_s: float) -> None:
+        """Looks at the clock, about twice a second."""
+
+    def on_close(self) -> None:
+        """The batcher closes."""
+
+
+class Turn:
+    """A stream as the batcher sees it.
+
+    Args:
+        stream: The stream.
+        kind: What its requests have in common.
+    """
+
+    __slots__ = ("answered_s", "gap_s", "kind", "stream", "waiting")
+
+    def __init__(self, stream: AttendStream, kind: AttendKind) -> None:
+        self.stream = stream
+        self.kind = kind
+        self.waiting: deque[WaitingQuery] = deque()
+        self.answered_s = 0.0
+        self.gap_s = 0.0
