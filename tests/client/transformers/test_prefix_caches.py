@@ -1,0 +1,191 @@
+"""Generation that begins with a stored prefix equals generation without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from polarcache.client import Client
+from polarcache.client.transformers import PrefixCache, RemotePrefixCache, StoredPrefixCache
+from polarcache.proto.errors import InvalidRequestError, LayoutMismatchError, UnsupportedError
+
+CACHES = [StoredPrefixCache, RemotePrefixCache]
+# The sum over tokens is taken in another order than PyTorch's; logits are of order 10.
+LOGITS_TOLERANCE = 1e-3
+PROFILES = ["k=pair:r4t4:g32,v=int4", "k=polar:r3t5,v=polar:r3t5", "k=recursive,v=recursive"]
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    return torch.stack(output.logits, 1)
+
+
+def fill(client: Client, namespace: Any, model: PreTrainedModel, ids: torch.Tensor) -> None:
+    """Has one worker store the blocks of a prompt."""
+    with StoredPrefixCache.from_store(
+        client, namespace, model, ids, store_prompt=True, on_failure="raise"
+    ) as cache:
+        assert cache.prefix_tokens == 0
+        model(input_ids=ids, past_key_values=cache)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_exact_prefix_generates_what_no_cache_generates(
+    client: Client, open_namespace: Any, prompt: Any, greedy: Any, model: PreTrainedModel,
+    kind: type[PrefixCache],
+) -> None:  # fmt: skip
+    namespace, ids = open_namespace(model), prompt(75)
+    fill(client, namespace, model, ids)
+    expected = greedy(model, ids)
+
+    with kind.from_store(client, namespace, model, ids, on_failure="raise") as cache:
+        got = greedy(model, ids, cache)
+
+    assert (cache.prefix_tokens, cache.tiers, cache.failure) == (64, ("memory",), None)
+    assert torch.equal(got.sequences, expected.sequences)
+    difference = (logits_of(got) - logits_of(expected)).abs().max()
+    assert difference < LOGITS_TOLERANCE
+    assert cache.moved_bytes > 0
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_remote_attention_equals_retrieving_with_quantized_profiles(
+    client: Client, open_namespace: Any, prompt: Any, greedy: Any, llama: PreTrainedModel,
+    profile: str,
+) -> None:  # fmt: skip
+    namespace, ids = open_namespace(llama, profile), prompt(150)
+    fill(client, namespace, llama, ids)
+    outputs = []
+    for kind in CACHES:
+        with kind.from_store(client, namespace, llama, ids, on_failure="raise") as cache:
+            assert cache.prefix_tokens == 128
+            outputs.append(greedy(llama, ids, cache))
+
+    stored, remote = outputs
+    assert torch.equal(stored.sequences, remote.sequences)
+    assert (logits_of(stored) - logits_of(remote)).abs().max() < LOGITS_TOLERANCE
+    exact = logits_of(greedy(llama, ids))
+    assert (logits_of(stored) - exact)[:, 0].abs().max() > 10 * LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_what_was_generated_is_stored_too_and_found_by_the_next_turn(
+    client: Client, open_namespace: Any, prompt: Any, greedy: Any, llama: PreTrainedModel,
+    kind: type[PrefixCache],
+) -> None:  # fmt: skip
+    namespace, ids = open_namespace(llama), prompt(40)
+    fill(client, namespace, llama, ids)
+    with kind.from_store(client, namespace, llama, ids, on_failure="raise") as cache:
+        first = greedy(llama, ids, cache, max_new_tokens=30).sequences
+        stored = cache.store_new_blocks(first)
+    # 69 tokens have keys; the first block was there.
+    assert (cache.prefix_tokens, stored.num_stored, stored.num_present) == (32, 1, 0)
+
+    ids = torch.cat([first, prompt(9, seed=4)], 1)
+    with kind.from_store(client, namespace, llama, ids, on_failure="raise") as cache:
+        second = greedy(llama, ids, cache).sequences
+    assert cache.prefix_tokens == 64
+    assert torch.equal(second, greedy(llama, ids).sequences)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_rows_of_a_batch_and_beams_share_the_prefix(
+    client: Client, open_namespace: Any, prompt: Any, greedy: Any, model: PreTrainedModel,
+    kind: type[PrefixCache],
+) -> None:  # fmt: skip
+    namespace, ids = open_namespace(model), prompt(70, rows=3)
+    fill(client, namespace, model, ids[:1])
+    for options in ({}, {"num_beams": 2}):
+        with kind.from_store(
+            client, namespace, model, ids, on_failure="raise", store_prompt=True
+        ) as cache:
+            got = greedy(model, ids, cache, **options).sequences
+        assert cache.prefix_tokens == 64
+        assert torch.equal(got, greedy(model, ids, **options).sequences)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_each_row_s_own_blocks_are_stored(
+    client: Client, open_namespace: Any, prompt: Any, greedy: Any, llama: PreTrainedModel,
+    kind: type[PrefixCache],
+) -> None:  # fmt: skip
+    namespace, ids = open_namespace(llama), prompt(64, rows=2)
+    with kind.from_store(
+        client, namespace, llama, ids, on_failure="raise", store_prompt=True
+    ) as cache:
+        greedy(llama, ids, cache, num_beams=2)
+    for row in ids:
+        tail = torch.cat([row, prompt(6)[0]])[None]
+        with kind.from_store(client, namespace, llama, tail, on_failure="raise") as cache:
+            got = greedy(llama, tail, cache).sequences
+        assert cache.prefix_tokens == 64
+        assert torch.equal(got, greedy(llama, tail).sequences)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_packing_in_the_worker_gives_the_same(
+    client: Client, open_namespace: Any, prompt: Any, greedy: Any, llama: PreTrainedModel,
+    kind: type[PrefixCache],
+) -> None:  # fmt: skip
+    namespace, ids = open_namespace(llama, PROFILES[0]), prompt(70)
+    with kind.from_store(
+        client, namespace, llama, ids, on_failure="raise", store_prompt=True, pack="worker"
+    ) as cache:
+        greedy(llama, ids, cache)
+    outputs = []
+    for where in ("worker", "service"):
+        with kind.from_store(
+            client, namespace, llama, ids, on_failure="raise", pack=where
+        ) as cache:
+            outputs.append(greedy(llama, ids, cache).sequences)
+        assert cache.prefix_tokens == 64
+    assert torch.equal(*outputs)
+
+
+def test_short_prompts_have_no_prefix_and_long_ones_leave_a_token(
+    client: Client, open_namespace: Any, prompt: Any, greedy: Any, llama: PreTrainedModel
+) -> None:
+    namespace, ids = open_namespace(llama), prompt(64)
+    fill(client, namespace, llama, ids)
+    for length, found in ((1, 0), (32, 0), (33, 32), (64, 32)):
+        cut = ids[:, :length]
+        with RemotePrefixCache.from_store(
+            client, namespace, llama, cut, on_failure="raise"
+        ) as cache:
+            got = greedy(llama, cut, cache).sequences
+        assert cache.prefix_tokens == found
+        assert torch.equal(got, greedy(llama, cut).sequences)
+
+
+def test_attention_that_leaves_the_prefix_out_is_refused(
+    client: Client, open_namespace: Any, prompt: Any, greedy: Any, llama: PreTrainedModel
+) -> None:
+    namespace, ids = open_namespace(llama), prompt(40)
+    fill(client, namespace, llama, ids)
+    with RemotePrefixCache.from_store(client, namespace, llama, ids) as cache:
+        llama.set_attn_implementation("eager")
+        with pytest.raises(UnsupportedError, match="layer 0 left the stored prefix out"):
+            greedy(llama, ids, cache)
+    with pytest.raises(UnsupportedError, match="set_attn_implementation"):
+        RemotePrefixCache.from_store(client, namespace, llama, ids)
+
+
+def test_wrong_calls_are_refused_whatever_happens_on_failure(
+    client: Client, open_namespace: Any, prompt: Any, greedy: Any, llama: PreTrainedModel,
+    spec: Any,
+) -> None:  # fmt: skip
+    namespace, ids = open_namespace(llama), prompt(40)
+    other = client.open_namespace(spec)
+    with pytest.raises(LayoutMismatchError, match="the model"):
+        StoredPrefixCache.from_store(client, other, llama, ids)
+    with pytest.raises(InvalidRequestError, match="token_ids"):
+        StoredPrefixCache.from_store(client, namespace, llama, ids[None])
+    fill(client, namespace, llama, ids)
+    with RemotePrefixCache.from_store(client, namespace, llama, ids) as cache:
+        greedy(llama, ids, cache)
+        with pytest.raises(InvalidRequestError, match="begin with the prompt"):
+            cache.store_new_blocks(ids + 1)
+        with pytest.raises(InvalidRequestError, match="cannot remove"):
+            cache.crop(-30)
