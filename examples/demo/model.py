@@ -10,9 +10,11 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.generation import BaseStreamer
 from transformers.utils import logging as transformers_logging
 
 from polarcache.client import KvLayout
+from polarcache.client.transformers import PrefixCache
 
 __all__ = ["LanguageModel"]
 
@@ -30,8 +32,11 @@ class LanguageModel:
     def __init__(self, directory: Path) -> None:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-        config = self._model.config
+        # Without a prefix in the service this is PyTorch's attention.
+        self.model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, attn_implementation="polarcache"
+        ).eval()
+        config = self.model.config
         self.layout = KvLayout(
             num_layers=config.num_hidden_layers,
             num_kv_heads=config.num_key_value_heads,
@@ -48,7 +53,7 @@ class LanguageModel:
         layers: Layers = []
         for start in range(0, len(tokens), _CHUNK_TOKENS):
             cache = self._cache(layers)
-            self._model(input_ids=tokens[None, start : start + _CHUNK_TOKENS],
+            self.model(input_ids=tokens[None, start : start + _CHUNK_TOKENS],
                         past_key_values=cache, logits_to_keep=1)  # fmt: skip
             layers = [
                 (layer.keys[0].transpose(0, 1).half(), layer.values[0].transpose(0, 1).half())
@@ -60,7 +65,7 @@ class LanguageModel:
     @torch.inference_mode()
     def logits(self, prefix: Layers, tokens: torch.Tensor) -> torch.Tensor:
         """Logits [T, vocabulary] of tokens that follow a prefix."""
-        output = self._model(input_ids=tokens[None], past_key_values=self._cache(prefix))
+        output = self.model(input_ids=tokens[None], past_key_values=self._cache(prefix))
         logits: torch.Tensor = output.logits[0]
         return logits
 
@@ -83,12 +88,34 @@ class LanguageModel:
         cache = self._cache(prefix)
         tokens, generated = question, []
         for i in range(num_tokens):
-            logits = self._model(input_ids=tokens[None], past_key_values=cache).logits[0, -1]
+            logits = self.model(input_ids=tokens[None], past_key_values=cache).logits[0, -1]
             generated.append(int(logits.argmax()))
             if i == 0:
                 on_first()
             tokens = torch.tensor(generated[-1:])
         return generated
+
+    def generate(
+        self,
+        cache: PrefixCache,
+        tokens: torch.Tensor,
+        num_tokens: int,
+        on_first: Callable[[], None] = lambda: None,
+    ) -> tuple[list[int], torch.Tensor]:
+        """Greedy continuation by transformers itself, and its logits [num_tokens, vocabulary].
+
+        Args:
+            cache: Begins with a stored prefix of the tokens.
+            tokens: The whole prompt.
+            num_tokens: Tokens to generate.
+            on_first: Called when the first of them is known.
+        """
+        output = self.model.generate(
+            tokens[None], past_key_values=cache, max_new_tokens=num_tokens, do_sample=False,
+            eos_token_id=None, streamer=_FirstToken(on_first), output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        return output.sequences[0, len(tokens) :].tolist(), torch.cat(output.logits)
 
     @staticmethod
     def _cache(layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
@@ -96,3 +123,19 @@ class LanguageModel:
             (k.transpose(0, 1)[None].float(), v.transpose(0, 1)[None].float()) for k, v in layers
         ]
         return DynamicCache(ddp_cache_data=data) if data else DynamicCache()
+
+
+class _FirstToken(BaseStreamer):
+    """Tells when the first token is known; what transformers shows first is the prompt."""
+
+    def __init__(self, on_first: Callable[[], None]) -> None:
+        self._on_first = on_first
+        self._shown = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self._shown += 1
+        if self._shown == 2:
+            self._on_first()
+
+    def end(self) -> None:
+        """Nothing is left to show."""

@@ -9,7 +9,7 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["draw_quality", "print_report", "verdict"]
+__all__ = ["attended_line", "draw_quality", "print_report", "verdict"]
 
 Row = dict[str, Any]
 
@@ -18,10 +18,11 @@ def print_report(console: Console, results: dict[str, Any]) -> None:
     """Prints who was served what, and what each profile costs and keeps."""
     served = Table(title="who was served what", title_justify="left")
     for column in ("worker", "profile", "tokens matched", "from", "time to first token",
-                   "without cache", "speed-up", "as recomputed", "right"):  # fmt: skip
+                   "without cache", "speed-up", "moved", "as recomputed", "right"):  # fmt: skip
         left = column in ("worker", "profile")
-        served.add_column(column, justify="left" if left else "right", no_wrap=column == "profile")
-    for worker in ("B", "C"):
+        fixed = column in ("profile", "moved")
+        served.add_column(column, justify="left" if left else "right", no_wrap=fixed)
+    for worker in ("B", "C", "D"):
         for row in results[worker]:
             served.add_row(
                 worker,
@@ -31,6 +32,7 @@ def print_report(console: Console, results: dict[str, Any]) -> None:
                 f"{row['ttft_s'] * 1e3:.0f} ms",
                 f"{row['ttft_without_s'] * 1e3:.0f} ms",
                 f"{row['ttft_without_s'] / row['ttft_s']:.1f}x",
+                _moved(row),
                 f"{row['answers_agree']} of {row['answers']}",
                 f"{row['answers_right']} of {row['answers']}",
             )
@@ -56,9 +58,27 @@ def print_report(console: Console, results: dict[str, Any]) -> None:
     console.print(kept)
 
 
+def _moved(row: Row) -> str:
+    """What travelled: a retrieved prefix once, or queries and their attention for each token."""
+    if "moved_token_bytes" in row:
+        return f"{row['moved_token_bytes'] / 2**10:.1f} KiB/token"
+    return f"{row['moved_bytes'] / 2**20:.2f} MiB"
+
+
+def attended_line(results: dict[str, Any]) -> str:
+    """One line about remote attention."""
+    row = results["D"][0]
+    return (
+        f"worker D attended in the service: {row['moved_token_bytes'] / 2**10:.1f} KiB a token, "
+        f"{row['moved_bytes'] / 2**10:.0f} KiB an answer, where retrieving moves "
+        f"{row['retrieving_bytes'] / 2**20:.2f} MiB; logits within "
+        f"{row['logits_from_retrieving']:.1e} of retrieving with {row['profile']}"
+    )
+
+
 def verdict(results: dict[str, Any]) -> tuple[bool, str]:
     """Whether everything is as it must be, and one line that says so."""
-    rows = results["B"] + results["C"]
+    rows = results["B"] + results["C"] + results["D"]
     exact = [row for row in rows if row["profile"] == "exact"]
     exact_agrees = all(row["answers_agree"] == row["answers"] for row in exact)
     from_redis = all(row["tiers"] == ["redis"] for row in results["C"])

@@ -1,8 +1,9 @@
-"""PolarCache at work on this machine: three workers, one document, one service.
+"""PolarCache at work on this machine: four workers, one document, one service.
 
 Worker A computes a document's keys and values and stores them. Worker B asks other questions of
 the same document and starts from the store. Then memory is shrunk, blocks spill to Redis, the
-service restarts, and worker C is served from Redis.
+service restarts, and worker C is served from Redis. Worker D downloads nothing: the service attends
+to the document for it.
 
     python examples/demo/run.py [--output DIR] [--quick]
 """
@@ -24,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from report import draw_quality, print_report, verdict
+from report import attended_line, draw_quality, print_report, verdict
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -48,6 +49,7 @@ QUICK = {
     "continuation_tokens": 512,
     "profiles": [PROFILES[0], PROFILES[2], PROFILES[5]],
 }
+REMOTE_PROFILES = [PROFILES[0], PROFILES[2], PROFILES[3]]
 SHRUNK_BYTES = 1 << 20
 
 
@@ -179,6 +181,9 @@ def run(console: Console, output: Path, scale: dict[str, Any]) -> dict[str, Any]
                 progress.update(task, completed=2)
                 others = {**scale, "questions": [1, 9, 11, 12], "endpoint": service.endpoint}
                 results["C"] = run_worker(progress, "C", "judge", others)
+                profiles = [one for one in scale["profiles"] if one in REMOTE_PROFILES]
+                asked = {**others, "questions": [2, 4, 6, 10], "profiles": profiles}
+                results["D"] = run_worker(progress, "D", "attend", asked)
         finally:
             service.stop()
     return results
@@ -193,7 +198,7 @@ def main() -> int:
     # Ends the service and its Redis too, as Ctrl-C does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     options.output.mkdir(parents=True, exist_ok=True)
-    console = Console(width=max(132, Console().width))
+    console = Console(width=max(144, Console().width))
     start_s = time.monotonic()
     scale = QUICK if options.quick else FULL
     results = run(console, options.output, scale)
@@ -204,6 +209,7 @@ def main() -> int:
         f"{spill['blocks_after']}, {spill['spilled_blocks']} spilled to Redis "
         f"({spill['spilled_bytes'] / 2**20:.1f} MiB); the service restarted"
     )
+    console.print(attended_line(results))
     fine, line = verdict(results)
     results |= {"verdict": line, "seconds": round(time.monotonic() - start_s, 1)}
     (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -20,6 +20,7 @@ from document import MODEL_DIR, VALUE_TOKENS, Document, make_document
 from model import LanguageModel, Layers
 
 from polarcache.client import Client, Namespace, NamespaceSpec, chain_keys
+from polarcache.client.transformers import PrefixCache, RemotePrefixCache, StoredPrefixCache
 
 Settings = dict[str, Any]
 
@@ -34,9 +35,8 @@ def main() -> None:
     say("load the model", 0, 1)
     model = LanguageModel(MODEL_DIR)
     with Client(settings["endpoint"], timeout_s=20) as client:
-        result = {"store": store, "reuse": reuse, "judge": judge}[role](
-            client, model, document, settings
-        )
+        roles = {"store": store, "reuse": reuse, "judge": judge, "attend": attend}
+        result = roles[role](client, model, document, settings)
     print(json.dumps({"result": result}), flush=True)
 
 
@@ -67,15 +67,7 @@ def store(client: Client, model: LanguageModel, document: Document, settings: Se
 def reuse(client: Client, model: LanguageModel, document: Document, settings: Settings) -> Any:
     """Answers questions with the stored prefix, and without it."""
     records = settings["questions"]
-    model.answer(model.prefill(document.tokens[:512]), document.prompt(0), 1)  # Warms up.
-    say("answer without the cache", 0, 1)
-    recomputed, ttft_without_s = timed_answer(
-        model, lambda: model.prefill(document.tokens), document.prompt(records[0])
-    )
-    local = model.prefill(document.tokens)
-    expected = [recomputed] + [
-        model.answer(local, document.prompt(record), VALUE_TOKENS) for record in records[1:]
-    ]
+    expected, ttft_without_s = recomputed(model, document, records)
     rows = []
     for i, profile in enumerate(settings["profiles"]):
         say("answer from the store", i, len(settings["profiles"]))
@@ -103,6 +95,7 @@ def reuse(client: Client, model: LanguageModel, document: Document, settings: Se
                 "tiers": sorted(set(seen["match"].tiers)),
                 "ttft_s": ttft_s,
                 "ttft_without_s": ttft_without_s,
+                "moved_bytes": seen["match"].num_blocks * namespace.raw_block_bytes,
                 "answers_agree": sum(a == b for a, b in zip(answers, expected, strict=True)),
                 "answers_right": sum(
                     answer == document.values[record].tolist()
@@ -112,6 +105,80 @@ def reuse(client: Client, model: LanguageModel, document: Document, settings: Se
             }
         )
     return rows
+
+
+def recomputed(
+    model: LanguageModel, document: Document, records: list[int]
+) -> tuple[list[list[int]], float]:
+    """Answers without the cache, and the seconds to the first token of the first."""
+    model.answer(model.prefill(document.tokens[:512]), document.prompt(0), 1)  # Warms up.
+    say("answer without the cache", 0, 1)
+    first, ttft_s = timed_answer(
+        model, lambda: model.prefill(document.tokens), document.prompt(records[0])
+    )
+    local = model.prefill(document.tokens)
+    others = [model.answer(local, document.prompt(record), VALUE_TOKENS) for record in records[1:]]
+    return [first, *others], ttft_s
+
+
+def attend(client: Client, model: LanguageModel, document: Document, settings: Settings) -> Any:
+    """Answers by remote attention: the prefix stays in the service."""
+    records = settings["questions"]
+    expected, ttft_without_s = recomputed(model, document, records)
+    rows = []
+    for i, profile in enumerate(settings["profiles"]):
+        say("answer by remote attention", i, len(settings["profiles"]))
+        namespace = open_namespace(client, model, profile)
+        prompts = [torch.cat([document.tokens, document.prompt(record)]) for record in records]
+        remote = [
+            generated(RemotePrefixCache, client, namespace, model, prompt) for prompt in prompts
+        ]
+        stored = generated(StoredPrefixCache, client, namespace, model, prompts[0])
+        cache: PrefixCache = remote[0]["cache"]
+        # The last token is chosen and never attended with.
+        num_queries = len(prompts[0]) - cache.prefix_tokens + VALUE_TOKENS - 1
+        answers = [one["answer"] for one in remote]
+        rows.append(
+            {
+                "profile": profile,
+                "tokens_matched": cache.prefix_tokens,
+                "tiers": list(cache.tiers),
+                "ttft_s": remote[0]["ttft_s"],
+                "ttft_without_s": ttft_without_s,
+                "moved_bytes": cache.moved_bytes,
+                "moved_token_bytes": cache.moved_bytes / num_queries,
+                "retrieving_bytes": stored["cache"].moved_bytes,
+                "logits_from_retrieving": float(
+                    (remote[0]["logits"] - stored["logits"]).abs().max()
+                ),
+                "answers_agree": sum(a == b for a, b in zip(answers, expected, strict=True)),
+                "answers_right": sum(
+                    answer == document.values[record].tolist()
+                    for answer, record in zip(answers, records, strict=True)
+                ),
+                "answers": len(answers),
+            }
+        )
+    return rows
+
+
+def generated(
+    kind: type[PrefixCache],
+    client: Client,
+    namespace: Namespace,
+    model: LanguageModel,
+    prompt: torch.Tensor,
+) -> dict[str, Any]:
+    """An answer by `model.generate`, its logits, its cache, the seconds to its first token."""
+    start_s = time.perf_counter()
+    result: dict[str, Any] = {}
+
+    def on_first() -> None:
+        result["ttft_s"] = time.perf_counter() - start_s
+
+    with kind.from_store(client, namespace, model.model, prompt, on_failure="raise") as cache:
+        result["answer"], result["logits"] = model.generate(cache, prompt, VALUE_TOKENS, on_first)
+    return {**result, "cache": cache}
 
 
 def judge(client: Client, model: LanguageModel, document: Document, settings: Settings) -> Any:
