@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from polarcache.client import Client
-from polarcache.client.transformers import PrefixCache, RemotePrefixCache, StoredPrefixCache
+from polarcache.client.transformers import (
+    PrefixCache,
+    RemotePrefixCache,
+    StoredPrefixCache,
+    namespace_spec,
+)
 from polarcache.proto.errors import InvalidRequestError, LayoutMismatchError, UnsupportedError
 
+TINY_LM = Path(__file__).parents[3] / "examples" / "tiny_lm"
 CACHES = [StoredPrefixCache, RemotePrefixCache]
 # The sum over tokens is taken in another order than PyTorch's; logits are of order 10.
 LOGITS_TOLERANCE = 1e-3
@@ -32,16 +40,18 @@ def fill(client: Client, namespace: Any, model: PreTrainedModel, ids: torch.Tens
 
 
 @pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("options", [{}, {"prefill_chunk_size": 4}], ids=["whole", "chunks"])
 def test_exact_prefix_generates_what_no_cache_generates(
     client: Client, open_namespace: Any, prompt: Any, greedy: Any, model: PreTrainedModel,
-    kind: type[PrefixCache],
+    kind: type[PrefixCache], options: dict[str, int],
 ) -> None:  # fmt: skip
     namespace, ids = open_namespace(model), prompt(75)
     fill(client, namespace, model, ids)
-    expected = greedy(model, ids)
+    # Until windows of 24 tokens end behind the prefix.
+    expected = greedy(model, ids, max_new_tokens=20)
 
     with kind.from_store(client, namespace, model, ids, on_failure="raise") as cache:
-        got = greedy(model, ids, cache)
+        got = greedy(model, ids, cache, max_new_tokens=20, **options)
 
     assert (cache.prefix_tokens, cache.tiers, cache.failure) == (64, ("memory",), None)
     assert torch.equal(got.sequences, expected.sequences)
@@ -68,6 +78,29 @@ def test_remote_attention_equals_retrieving_with_quantized_profiles(
     assert (logits_of(stored) - logits_of(remote)).abs().max() < LOGITS_TOLERANCE
     exact = logits_of(greedy(llama, ids))
     assert (logits_of(stored) - exact)[:, 0].abs().max() > 10 * LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize("profile", ["exact", "k=pair:r4t4,v=int4"])
+def test_a_trained_model_reads_its_prefix_remotely_as_retrieved(
+    client: Client, greedy: Any, spec: Any, profile: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        TINY_LM, dtype=torch.float32, attn_implementation="polarcache"
+    ).eval()
+    text = np.load(TINY_LM / "held_out_tokens.npy")[:600].astype(np.int64)
+    ids = torch.from_numpy(text)[None]
+    namespace = client.open_namespace(namespace_spec(model, name=spec.model, profile=profile))
+    fill(client, namespace, model, ids)
+    outputs = []
+    for kind in CACHES:
+        with kind.from_store(client, namespace, model, ids, on_failure="raise") as cache:
+            outputs.append(greedy(model, ids, cache))
+        assert cache.prefix_tokens == 512
+    if profile == "exact":
+        outputs.append(greedy(model, ids))
+    for other in outputs[1:]:
+        assert torch.equal(outputs[0].sequences, other.sequences)
+        assert (logits_of(outputs[0]) - logits_of(other)).abs().max() < LOGITS_TOLERANCE
 
 
 @pytest.mark.parametrize("kind", CACHES)
