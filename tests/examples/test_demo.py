@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)
 def test_the_demo_runs_and_its_outputs_agree(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "examples/demo/run.py"), "--quick", "--output", str(tmp_path)],
@@ -20,7 +21,7 @@ def test_the_demo_runs_and_its_outputs_agree(tmp_path: Path) -> None:
         text=True,
     )
     try:
-        printed, _ = process.communicate(timeout=110)
+        printed, _ = process.communicate(timeout=220)
     finally:
         process.terminate()  # Unlike kill, lets the demo end its service and Redis.
         process.wait()

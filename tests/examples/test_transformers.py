@@ -2,14 +2,25 @@
 
 import importlib.util
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = ROOT / "examples" / "transformers" / "generate.py"
 DOCUMENT = ROOT / "docs" / "transformers.md"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other cost more than this model."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def test_the_second_and_third_request_start_from_the_store(

@@ -80,6 +80,28 @@ def test_remote_attention_equals_retrieving_with_quantized_profiles(
     assert (logits_of(stored) - exact)[:, 0].abs().max() > 10 * LOGITS_TOLERANCE
 
 
+# Logits are of order 10: some units in the last place, over three layers.
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.bfloat16, 0.25), (torch.float16, 0.03)], ids=["bf16", "fp16"]
+)
+def test_models_of_half_precision_read_their_prefix(
+    client: Client, open_namespace: Any, prompt: Any, greedy: Any, llama: PreTrainedModel,
+    dtype: torch.dtype, tolerance: float,
+) -> None:  # fmt: skip
+    model, ids = llama.to(dtype), prompt(75)
+    namespace = open_namespace(model)
+    assert namespace.spec.layout.dtype == str(dtype).removeprefix("torch.")
+    fill(client, namespace, model, ids)
+    expected = logits_of(greedy(model, ids, max_new_tokens=1))
+    for kind in CACHES:
+        with kind.from_store(client, namespace, model, ids, on_failure="raise") as cache:
+            got = logits_of(greedy(model, ids, cache, max_new_tokens=1))
+        assert cache.prefix_tokens == 64
+        assert (got - expected).abs().max() < tolerance
+    without_prefix = logits_of(greedy(model, ids[:, 64:], max_new_tokens=1))
+    assert (without_prefix - expected).abs().max() > 4 * tolerance
+
+
 @pytest.mark.parametrize("profile", ["exact", "k=pair:r4t4,v=int4"])
 def test_a_trained_model_reads_its_prefix_remotely_as_retrieved(
     client: Client, greedy: Any, spec: Any, profile: str
