@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from polarcache.client._attend import AttendStream
 from polarcache.client._sync import Client
 from polarcache.client._types import LayerTensors, Match
 from polarcache.client.transformers._attention import Scoring, attend_plainly
@@ -55,7 +56,7 @@ class RemotePrefix(PrefixSource):
         self._match = match
         self._query_heads = model.config.get_text_config(decoder=True).num_attention_heads
         self._dtype = model.dtype
-        self._streams: dict[Scoring, Any] = {}
+        self._streams: dict[Scoring, AttendStream] = {}
         self._is_closed = False
         self._error: BaseException | None = None
         try:
@@ -102,7 +103,7 @@ class RemotePrefix(PrefixSource):
         out = out.view(batch, num_queries, heads, -1).transpose(1, 2)
         return out, lse.view(batch, num_queries, heads).transpose(1, 2), num_bytes
 
-    def _stream(self, scoring: Scoring) -> Any:
+    def _stream(self, scoring: Scoring) -> AttendStream:
         stream = self._streams.get(scoring)
         if stream is None:
             stream = self._streams[scoring] = self._client.attend(
@@ -116,16 +117,16 @@ class RemotePrefix(PrefixSource):
         return stream
 
 
-def _asked(stream: Any, layer: int, queries: Tensor, position: int | None) -> tuple[Tensor, Tensor]:
+def _asked(
+    stream: AttendStream, layer: int, queries: Tensor, position: int | None
+) -> tuple[Tensor, Tensor]:
     """Attention of queries [T, Hq, D]; a full queue in the service is asked again."""
     for wait_s in _BUSY_WAITS_S:
         try:
-            answer: tuple[Tensor, Tensor] = stream.attend(layer, queries, position)
-            return answer
+            return stream.attend(layer, queries, position)
         except CapacityError:
             time.sleep(wait_s)
-    last: tuple[Tensor, Tensor] = stream.attend(layer, queries, position)
-    return last
+    return stream.attend(layer, queries, position)
 
 
 class RecomputedPrefix(PrefixSource):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
@@ -97,7 +98,7 @@ def test_a_service_that_hangs_is_given_up_at_the_deadline(
     with lonely.client(timeout_s=DEADLINE_S) as client:
         namespace = stored(client, llama, ids)
         cache = RemotePrefixCache.from_store(client, namespace, llama, ids)
-        hang = lambda: os.kill(lonely.process.pid, signal.SIGSTOP)  # noqa: E731
+        hang = functools.partial(os.kill, lonely.process.pid, signal.SIGSTOP)
         before_call(llama.model.layers[1], 4, hang)
         start_s = time.monotonic()
         try:
