@@ -41,8 +41,8 @@ __all__ = ["AttendBatcher"]
 # Query tokens of one launch, but for a single longer request: bounds the buffers.
 _MAX_LAUNCH_TOKENS = 1024
 _TICK_S = 0.5
-# Weight of the newest gap between an answer and the stream's next request.
-_GAP_WEIGHT = 0.25
+# A poll that returned so soon found what had come before it.
+_AT_ONCE_S = 20e-6
 
 
 class AttendBatcher:
@@ -80,6 +80,10 @@ class AttendBatcher:
         self._streams: dict[AttendKind, dict[Turn, None]] = {}
         self._num_waiting = 0
         self._is_polling = False
+        # When the last launch ended; when sockets were last looked at, and whether they are now;
+        # and since when what they hold may have been there.
+        self._free_s = self._looked_s = self._unseen_s = 0.0
+        self._is_reading = False
         self._closed = False
         self._ended: list[Callable[[], object]] = []
         self._watched: dict[int, Watched] = {}
@@ -122,8 +126,10 @@ class AttendBatcher:
             if not turn.waiting:
                 self._turns[turn] = None
                 if turn.answered_s:
-                    gap_s = request.arrived_s - turn.answered_s
-                    turn.gap_s += _GAP_WEIGHT * (gap_s - turn.gap_s)
+                    least_s = self._unseen_s if self._is_reading else request.arrived_s
+                    turn.learn(
+                        max(0.0, least_s - turn.answered_s), request.arrived_s - turn.answered_s
+                    )
             turn.waiting.append(request)
             if self._is_polling:
                 self._wake()
@@ -209,18 +215,23 @@ class AttendBatcher:
             # `epoll` counts milliseconds; its descriptor is one that `select` can wait for.
             select.select([self._epoll.fileno()], [], [], timeout_s)
             timeout_s = 0.0
+        begin_s = time.monotonic()
         events = self._epoll.poll(timeout_s)
+        end_s = time.monotonic()
+        self._unseen_s = self._looked_s if end_s - begin_s < _AT_ONCE_S else end_s
+        self._looked_s = end_s
         self._is_polling = False
+        self._is_reading = True
         for fd, _ in events:
             if fd == self._wake_fd:
                 os.eventfd_read(self._wake_fd)
             elif (watched := self._watched.get(fd)) is not None:
                 watched.on_readable()
-        now_s = time.monotonic()
-        if now_s >= self._next_tick_s:
-            self._next_tick_s = now_s + _TICK_S
+        self._is_reading = False
+        if end_s >= self._next_tick_s:
+            self._next_tick_s = end_s + _TICK_S
             for watched in list(self._watched.values()):
-                watched.on_tick(now_s)
+                watched.on_tick(end_s)
 
     def _wait_s(self) -> float:
         """How long to wait for news before the next launch, if there is one."""
@@ -239,19 +250,21 @@ class AttendBatcher:
         """How long the launch whose turn it is may wait; 0 when no other stream is due."""
         first = next(iter(self._turns))
         streams = self._streams.get(first.kind, {})
-        end_s = first.waiting[0].arrived_s + self._window_s
-        if len(streams) == 1 or now_s >= end_s:
-            return 0.0
         num_here = sum(1 for turn in self._turns if turn.kind is first.kind)
-        if num_here >= min(len(streams), self._max_batch):
+        if num_here >= min(len(streams), self._max_batch) or not self._window_s:
+            return 0.0
+        # Streams whose requests each came during the others' launches fall into step here.
+        end_s = max(first.waiting[0].arrived_s, self._free_s) + self._window_s
+        absent = [turn for turn in streams if turn.answered_s and not turn.waiting]
+        if now_s >= end_s:
+            for turn in absent:
+                # Not there when it was due: it takes longer.
+                if turn.answered_s + turn.gap_s <= now_s:
+                    turn.gap_s = now_s - turn.answered_s + self._window_s
             return 0.0
         # One that is overdue by more than the window is not coming.
         start_s = now_s - self._window_s
-        is_due = any(
-            start_s <= turn.answered_s + turn.gap_s <= end_s
-            for turn in streams
-            if turn.answered_s and not turn.waiting
-        )
+        is_due = any(start_s <= turn.answered_s + turn.gap_s <= end_s for turn in absent)
         return end_s - now_s if is_due else 0.0
 
     def _take_batch(self) -> list[WaitingQuery]:
@@ -295,7 +308,7 @@ class AttendBatcher:
                 self._refuse(request, typed)
             return
         launch = Launch(start_s, computed.kernel_ns, len(batch))
-        answered_s = time.monotonic()
+        answered_s = self._free_s = time.monotonic()
         for request, (out, lse) in zip(batch, computed.answers, strict=True):
             request.turn.answered_s = answered_s
             request.turn.stream.answer(request, launch, out, lse)

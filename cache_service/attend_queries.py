@@ -14,6 +14,11 @@ from polarcache.proto.frames import Buffer
 
 __all__ = ["AttendStream", "Launch", "Turn", "WaitingQuery", "Watched"]
 
+_EXACT_S = 50e-6
+# Weight of the newest gap between an answer and the stream's next request.
+_GAP_WEIGHT = 0.25
+_GAP_DECAY = 31 / 32
+
 
 class Launch:
     """What the requests of one launch share.
@@ -113,3 +118,16 @@ class Turn:
         self.waiting: deque[WaitingQuery] = deque()
         self.answered_s = 0.0
         self.gap_s = 0.0
+
+    def learn(self, least_s: float, most_s: float) -> None:
+        """Takes the time from an answer to the next request into account.
+
+        Args:
+            least_s: At least so long, seconds: a request that came during a launch was not seen.
+            most_s: At most so long, seconds.
+        """
+        if most_s - least_s < _EXACT_S:
+            self.gap_s += _GAP_WEIGHT * (most_s - self.gap_s)
+        else:
+            # It may have come sooner than was known: try that now and then.
+            self.gap_s = min(max(self.gap_s * _GAP_DECAY, least_s), most_s)
