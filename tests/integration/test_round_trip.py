@@ -12,7 +12,6 @@ from polarcache.proto.errors import (
     InvalidRequestError,
     LayoutMismatchError,
     NamespaceUnknownError,
-    UnsupportedError,
 )
 from polarcache.proto.frames import checksum
 from polarcache.proto.v1 import polarcache_pb2 as pb
@@ -300,8 +299,3 @@ def test_what_the_service_cannot_do_is_typed(service: Any, spec: NamespaceSpec) 
         no_lease = Match(namespace, ("memory",), b"", 0, partial=False)
         with pytest.raises(InvalidRequestError, match="lease"):
             client.retrieve(no_lease)
-    stub = stubs.KvCacheStub(grpc.insecure_channel(service.endpoint.split("//")[1]))
-    with pytest.raises(grpc.RpcError) as caught:
-        list(stub.Attend(iter([pb.AttendRequest()]), timeout=10))
-    assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED
-    assert dict(caught.value.trailing_metadata())["polarcache-reason"] == UnsupportedError.__name__
