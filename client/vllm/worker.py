@@ -71,7 +71,8 @@ class WorkerSide:
                 job, self._rank, len(identity.layer_names), identity.engine_block_tokens, fence
             )
             self._loads.append(load)
-            self._load_threads.submit(load.run, self._link, self._cache, self._config)
+            future = self._load_threads.submit(load.run, self._link, self._cache, self._config)
+            future.add_done_callback(_log_bug)
 
     def wait_for_layer(self, layer_name: str) -> None:
         """Waits until a layer of every request in the batch has come."""
@@ -120,6 +121,7 @@ class WorkerSide:
             future = self._store_threads.submit(self._store, job, fence)
             self._stores.add(future)
             future.add_done_callback(self._stores.discard)
+            future.add_done_callback(_log_bug)
 
     def _store(self, job: StoreJob, fence: Fence) -> None:
         failed = True
@@ -154,6 +156,12 @@ class WorkerSide:
         for threads in (self._load_threads, self._store_threads):
             threads.shutdown(wait=False, cancel_futures=True)
         self._link.close()
+
+
+def _log_bug(future: Future[None]) -> None:
+    """Tells of an error that no store can cause; load or store count as failed already."""
+    if not future.cancelled() and (error := future.exception()) is not None:
+        _log.error("unexpected error in a background thread", exc_info=error)
 
 
 def _use_any_core() -> None:
