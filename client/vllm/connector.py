@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,7 @@ class PolarCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        _log_where_vllm_does()
         transfer = self._kv_transfer_config
         self._config = ConnectorConfig.from_extra_config(transfer.kv_connector_extra_config)
         self._identity = engine_identity(vllm_config, kv_cache_config, self._config)
@@ -249,6 +251,16 @@ class PolarCacheConnector(KVConnectorBase_V1, SupportsHMA):
         if self._worker is None:
             raise RuntimeError("register_kv_caches must come first, on a worker's connector")
         return self._worker
+
+
+def _log_where_vllm_does() -> None:
+    """Sends this package's messages to vLLM's log: nobody else configures them."""
+    ours, theirs = logging.getLogger("polarcache.client.vllm"), logging.getLogger("vllm")
+    if not ours.handlers:
+        for handler in theirs.handlers:
+            ours.addHandler(handler)
+        ours.setLevel(theirs.level)
+        ours.propagate = False
 
 
 def _cache_layout(cache: torch.Tensor, identity: EngineIdentity) -> CacheLayout:
