@@ -89,7 +89,11 @@ class Lookups:
     def result(self, lookup: Lookup) -> FoundPrefix | None:
         """What was found; None while it is not known. Too late or failed is nothing found."""
         if lookup.future.done():
-            return lookup.future.result()
+            if (error := lookup.future.exception()) is None:
+                return lookup.future.result()
+            # Nothing that a store can cause; still no reason for the engine to die.
+            _log.error("unexpected error in a lookup", exc_info=error)
+            return NOTHING
         if self._clock() < lookup.deadline_s:
             return None
         self.drop(lookup)
@@ -102,7 +106,7 @@ class Lookups:
     def drop(self, lookup: Lookup) -> None:
         """Gives the leases of a lookup back, now or when it ends."""
         if not lookup.future.cancel():
-            lookup.future.add_done_callback(lambda future: self.release(future.result()))
+            lookup.future.add_done_callback(self._release_found)
 
     def release(self, found: FoundPrefix) -> None:
         """Gives leases back, in the background."""
@@ -138,6 +142,10 @@ class Lookups:
 
     def _match(self, namespace: Namespace, keys: list[bytes]) -> Match:
         return self._link.client.lookup(namespace, keys, lease_ms=self._lease_ms)
+
+    def _release_found(self, future: Future[FoundPrefix]) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self.release(future.result())
 
     def _release(self, match: Match) -> None:
         try:

