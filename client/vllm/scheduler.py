@@ -111,7 +111,9 @@ class SchedulerSide:
             return None, False
         tracked.num_stored = max(tracked.num_stored, found.num_blocks)
         self._recent.add(keys[: found.num_blocks])
-        tokens = min(found.num_blocks, len(keys)) * self._block_tokens - num_computed_tokens
+        # All but the last token at most: from it the engine computes the first new one.
+        end = min(found.num_blocks * self._block_tokens, request.num_tokens - 1)
+        tokens = end - num_computed_tokens
         if tokens < self._config.min_load_tokens or not self._gate.is_open():
             tracked.offer = (0, 0)
             return 0, False
@@ -174,12 +176,13 @@ class SchedulerSide:
         return tracked
 
     def _loadable(self, request: Any) -> int:
-        """Stored blocks of a request that may be loaded: its last token is always computed."""
-        return int(request.num_tokens - 1) // self._block_tokens
+        """Stored blocks of a request that may be loaded."""
+        return int(request.num_tokens) // self._block_tokens
 
     def _is_worth_a_lookup(self, tracked: _Tracked, num_computed_tokens: int) -> bool:
         request = tracked.request
-        most = self._loadable(request) * self._block_tokens - num_computed_tokens
+        end = min(self._loadable(request) * self._block_tokens, request.num_tokens - 1)
+        most = end - num_computed_tokens
         return bool(
             self._may_load
             and tracked.may_load
@@ -211,9 +214,9 @@ class SchedulerSide:
             request_id=request_id,
             prefixes=found.leased(),
             first_block=first_block,
-            num_blocks=end // self._block_tokens - first_block,
+            num_blocks=-(-end // self._block_tokens) - first_block,
             skip_tokens=skip_tokens,
-            block_ids=tuple(block_ids[had // engine_block : end // engine_block]),
+            block_ids=tuple(block_ids[had // engine_block : -(-end // engine_block)]),
             is_async=self._config.load == "async",
         )
 

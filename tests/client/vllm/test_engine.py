@@ -131,6 +131,16 @@ def test_a_second_engine_is_served_what_the_first_one_computed(
     assert loaded.token_ids == computed.token_ids
 
 
+def test_of_a_prompt_of_whole_blocks_the_last_token_alone_is_computed(
+    stored: Callable[..., Any], other: Any, tokens: list[int]
+) -> None:
+    prompt = tokens[250:][: 16 * BLOCK]
+    computed = stored(prompt)
+    loaded = other.complete(prompt)
+    assert loaded.cached_tokens == 16 * BLOCK - 1
+    assert loaded.token_ids == computed.token_ids
+
+
 def test_a_longer_prompt_is_served_in_part_and_the_rest_is_stored(
     stored: Callable[..., Any], one: Any, other: Any, store: Any, tokens: list[int],
     until: Callable[..., Any],

@@ -145,7 +145,12 @@ def test_only_what_the_engine_lacks_is_loaded(engine: Engine, prompt: Any) -> No
 def test_the_last_token_is_always_computed(engine: Engine, fakes: SimpleNamespace) -> None:
     request = fakes.Request("r", range(3 * BLOCK))
     engine.store.has[0].update(keys_of(request, 3))
-    assert engine.answered(request) == (2 * BLOCK, True)
+    # Its block is loaded nevertheless, for the tokens before it.
+    assert engine.answered(request) == (3 * BLOCK - 1, True)
+    engine.side.allocated(request, list(range(24)), 3 * BLOCK - 1)
+    (load,) = engine.side.plan(engine.fakes.scheduled({})).loads
+    assert (load.first_block, load.num_blocks, load.skip_tokens) == (0, 3, 0)
+    assert load.block_ids == tuple(range(24))
 
 
 def test_a_lease_is_given_back_when_nothing_is_loaded(
