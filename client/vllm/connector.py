@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = ["PolarCacheConnector"]
 
+_log = logging.getLogger(__name__)
+
 
 @dataclass
 class StepMetadata(KVConnectorMetadata):
@@ -87,6 +89,12 @@ class PolarCacheConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role == KVConnectorRole.SCHEDULER:
+            if transfer.kv_load_failure_policy != "recompute" and transfer.is_kv_consumer:
+                _log.warning(
+                    'kv_load_failure_policy is "%s": requests whose load fails end with an error. '
+                    'Set it to "recompute".',
+                    transfer.kv_load_failure_policy,
+                )
             self._link = StoreLink(self._config, self._identity.specs)
             self._lookups = Lookups(self._link, self._config)
             max_pinned = int(self._config.max_pinned * kv_cache_config.num_blocks)

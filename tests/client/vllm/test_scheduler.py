@@ -32,7 +32,7 @@ class FakeStore:
         self.has: list[set[bytes]] = [set() for _ in identity.specs]
         self.may_answer = threading.Event()
         self.may_answer.set()
-        self.error: PolarCacheError | None = None
+        self.error: Exception | None = None
         self.errors: list[PolarCacheError] = []
         self.leases: set[bytes] = set()
         self.asked: list[int] = []
@@ -215,6 +215,9 @@ def test_a_slow_or_failed_lookup_is_a_miss(
     engine.store.error = DeadlineError("late")
     assert engine.answered(fakes.Request("s", range(1000))) == (0, False)
     assert engine.store.errors == [engine.store.error]
+    # Not even an error of ours may reach the engine.
+    engine.store.error = RuntimeError("a bug")
+    assert engine.answered(fakes.Request("t", range(1000))) == (0, False)
 
 
 def test_a_store_that_is_away_costs_nothing(engine: Engine, prompt: Any) -> None:
