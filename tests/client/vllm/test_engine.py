@@ -1,6 +1,6 @@
 """The real engine over HTTP, with a real store: `make test-vllm`.
 
-POLARCACHE_TEST_MODEL names another model's folder than examples/tiny_lm; held_out_tokens.npy in it
+TEST_MODEL names another model's folder than examples/tiny_lm; held_out_tokens.npy in it
 are its prompts.
 """
 
@@ -20,7 +20,7 @@ pytest.importorskip("vllm")
 from tests.client.vllm.engine_server import EngineServer, Proxy, polarcache_transfer
 
 ROOT = Path(__file__).parents[3]
-MODEL = Path(os.environ.get("POLARCACHE_TEST_MODEL", ROOT / "examples" / "tiny_lm"))
+MODEL = Path(os.environ.get("TEST_MODEL", ROOT / "examples" / "tiny_lm"))
 BLOCK = 128
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 
