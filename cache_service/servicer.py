@@ -187,7 +187,7 @@ class KvCacheServicer:
         if self._local is not None:
             gauges |= self._local.gauges()
         if self._redis is not None:
-            gauges["redis_up"] = self._redis.down_reason is None
+            gauges["redis_up"] = int(self._redis.down_reason is None)
         counters = self._counters.snapshot()
         counters["leases_expired_total"] = self._store.memory.leases_expired
         return pb.StatsResponse(

@@ -1,4 +1,4 @@
-"""Writes the configuration table of README.md from the service's configuration.
+"""Writes the tables of settings from the code: the service's in README.md, vLLM's connector's.
 
 python scripts/configuration_table.py [--check]
 """
@@ -9,13 +9,13 @@ import sys
 from pathlib import Path
 
 from polarcache.cache_service.config import ENV_PREFIX, ServiceConfig
+from polarcache.client.vllm.config import ConnectorConfig
 
-README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- configuration: generated -->\n", "<!-- end of configuration -->"
+ROOT = Path(__file__).parent.parent
 
 
-def table() -> str:
-    """The settings as a Markdown table."""
+def service_table() -> str:
+    """The service's settings as a Markdown table."""
     lines = ["| flag | variable | default | |", "|---|---|---|---|"]
     for name, field in ServiceConfig.model_fields.items():
         default = field.get_default(call_default_factory=True, validated_data={})
@@ -28,16 +28,35 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def vllm_table() -> str:
+    """The options of vLLM's connector as a Markdown table."""
+    lines = ["| option | default | |", "|---|---|---|"]
+    for name, field in ConnectorConfig.model_fields.items():
+        default = field.default if field.default != "" else "empty"
+        lines.append(f"| `polarcache.{name}` | {default} | {field.description} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = [
+    ("README.md", "configuration", service_table),
+    ("docs/integrations.md", "vllm options", vllm_table),
+]
+
+
 def main() -> int:
-    """Writes the table, or says whether it is up to date."""
-    text = README.read_text()
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    fresh = head + BEGIN + table() + END + tail
-    if "--check" in sys.argv:
-        return int(fresh != text)
-    README.write_text(fresh)
-    return 0
+    """Writes the tables, or says whether they are up to date."""
+    stale = 0
+    for path, name, table in TABLES:
+        document = ROOT / path
+        text = document.read_text()
+        begin, end = f"<!-- {name}: generated -->\n", f"<!-- end of {name} -->"
+        head, rest = text.split(begin)
+        _, tail = rest.split(end)
+        fresh = head + begin + table() + end + tail
+        stale |= fresh != text
+        if "--check" not in sys.argv:
+            document.write_text(fresh)
+    return int(stale and "--check" in sys.argv)
 
 
 if __name__ == "__main__":

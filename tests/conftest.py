@@ -142,6 +142,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceProcess
     assert running.stop() == 0, running.log_path.read_text()
 
 
+@pytest.fixture(scope="session")
+def start_store() -> type[ServiceProcess]:
+    """Starts a service in a directory; whoever starts it stops it."""
+    return ServiceProcess
+
+
 @pytest.fixture
 def start_service(tmp_path: Path) -> Iterator[Callable[..., ServiceProcess]]:
     """Starts services of this test alone."""
