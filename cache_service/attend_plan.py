@@ -140,7 +140,9 @@ class Plan:
         self.output_bytes = self.num_rows * prefix.answer_token_bytes
         self.staged_output_bytes = self.output_bytes * len(self.tables)
         self.workspace_bytes = max(
-            kind.attention.workspace_bytes(self.num_rows, table.num_sequences, table.max_pages)
+            kind.attention.workspace_bytes(
+                self.num_rows, table.num_sequences, table.max_pages, table.max_rows
+            )
             for table in self.tables
         )
 

@@ -59,13 +59,17 @@ class PrefixAttention:
         self._fast = FastDecode(codec, query_heads, self.options) if covered else None
         self._portable: PortableAttention | None = None
 
-    def workspace_bytes(self, num_queries: int, num_sequences: int, max_pages: int) -> int:
+    def workspace_bytes(
+        self, num_queries: int, num_sequences: int, max_pages: int, max_rows: int | None = None
+    ) -> int:
         """Returns the bytes of scratch memory that a call of at most these sizes needs.
 
         Args:
             num_queries: query rows of all sequences.
             num_sequences: sequences.
             max_pages: columns of the page table.
+            max_rows: most query rows of one sequence; None where they may all be of one, which
+                takes far more memory where there are many sequences.
         """
         if not torch.cuda.is_available():
             return 0

@@ -86,13 +86,21 @@ def test_dealt_blocks_suffice_for_every_part(sequences: int) -> None:
 def test_the_workspace_holds_every_plan() -> None:
     fast = FastDecode(codec_of("k=pair:r4t4,v=int4"), 32, AttentionOptions())
     for sequences in (1, 2, 7, 30, 200):
-        for max_rows in (1, 2, 16):
-            column_tiles, (tiles, *_) = fast._columns(max_rows)
-            rows = fast.workspace_bytes(sequences, max_rows, SMS) // (130 * 8 * 8 * tiles)
-            parts = sequences * 8 * column_tiles
-            assert rows >= fast._dealt_blocks(sequences, column_tiles, SMS)
-            for groups in (1, 5, 64, 4096):
-                assert rows >= FastDecode._even_plan(groups, parts, SMS).blocks
+        for max_rows in (1, 2, 3, 16, 40):
+            # Room for the launch's own rows is enough, and so is room for more rows.
+            for room_rows in (max_rows, max_rows + 1, 4 * max_rows, sequences * max_rows):
+                room = fast.workspace_bytes(sequences, max(room_rows, max_rows), SMS)
+                column_tiles, (tiles, *_) = fast._columns(max_rows)
+                blocks = room // fast._partial_bytes(tiles)
+                parts = sequences * 8 * column_tiles
+                assert blocks >= fast._dealt_blocks(sequences, column_tiles, SMS)
+                for groups in (1, 5, 64, 4096):
+                    assert blocks >= FastDecode._even_plan(groups, parts, SMS).blocks
+
+
+def test_many_sequences_that_decode_need_little_workspace() -> None:
+    fast = FastDecode(codec_of("k=pair:r4t4,v=int4"), 32, AttentionOptions())
+    assert fast.workspace_bytes(200, 1, SMS) < 32 << 20
 
 
 @pytest.fixture
