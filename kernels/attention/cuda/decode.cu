@@ -37,9 +37,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1)
 attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
        const int* __restrict__ page_table, const int* __restrict__ lengths,
        const int* __restrict__ query_starts, float* __restrict__ out, float* __restrict__ lse,
-       uint2* __restrict__ partial, long long key_codes, long long key_parameters, long long key_radii, long long value_codes,
-       long long value_parameters, int sequences, int max_pages, int query_heads, int kv_heads,
-       int column_tiles, int even_splits, float scale, float soft_cap, uint32_t mark) {
+       uint2* __restrict__ partial, long long key_codes, long long key_parameters,
+       long long key_radii, long long value_codes, long long value_parameters, int sequences,
+       int max_pages, int query_heads, int kv_heads, int column_tiles, int even_splits,
+       float scale, float soft_cap, uint32_t mark) {
   extern __shared__ __align__(1024) uint8_t shared[];
   // A shuffle, so that the compiler knows that a warp agrees on it.
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
@@ -75,7 +76,8 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
   const int* const pages = page_table + static_cast<size_t>(work.sequence) * max_pages;
   // Page of a group in units of 256 bytes.
   const auto page_of = [&](int group) {
-    return group < max_pages * PAGE_GROUPS ? static_cast<uint32_t>(__ldg(pages + group / PAGE_GROUPS)) : 0u;
+    if (group >= max_pages * PAGE_GROUPS) return 0u;
+    return static_cast<uint32_t>(__ldg(pages + group / PAGE_GROUPS));
   };
 
   const uint32_t base = shared_address(shared);
