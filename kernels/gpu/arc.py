@@ -8,6 +8,10 @@ from polarcache.kernels.polar.arcs import MAX_ARC_EXPONENT as _MAX_ARC_EXPONENT
 from polarcache.kernels.polar.arcs import START_BITS as _START_BITS
 from polarcache.kernels.polar.pair import NUM_SECTORS as _NUM_SECTORS
 
+# Kinds of ranges of angles, numbers since Triton 3.6 takes no text out of a constexpr tuple.
+MINMAX = tl.constexpr(0)
+SMALLEST = tl.constexpr(1)
+WHOLE = tl.constexpr(2)  # of `arc2`: a power of two of a turn
 NUM_SECTORS = tl.constexpr(_NUM_SECTORS)
 ALL_SECTORS = tl.constexpr((1 << _NUM_SECTORS) - 1)
 MAX_ARC_EXPONENT = tl.constexpr(_MAX_ARC_EXPONENT)

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from polarcache.kernels.gpu.arc import MINMAX, SMALLEST, WHOLE
 from polarcache.kernels.gpu.side_plan import row_strides
 from polarcache.kernels.gpu.sides import decode_kernel, encode_kernel
 from polarcache.kernels.layout import TILE_TOKENS, BlockShape, Field, PackedLayout
@@ -137,9 +138,11 @@ def _key_constants(
     """
     codec = profile.key
     if isinstance(codec, Pair):
-        bits, arc, names = codec.bits, str(codec.angle_range), ("parameters", "parameters")
+        bits, names = codec.bits, ("parameters", "parameters")
+        arc = MINMAX if codec.angle_range == "minmax" else SMALLEST
     elif isinstance(codec, ArcPair) and not codec.tiers:
-        bits, arc, names = codec.radius_bits + codec.angle_bits, "arc2", ("radii", "arcs")
+        bits, names = codec.radius_bits + codec.angle_bits, ("radii", "arcs")
+        arc = WHOLE
     else:
         return None
     codes = fields["key_codes"]
@@ -157,7 +160,7 @@ def _key_constants(
     return (
         codec.radius_bits,
         codec.angle_bits,
-        arc,
+        arc.value,
         codec.group_tokens,
         tiles,
         codes.offset,

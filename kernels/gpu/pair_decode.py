@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from polarcache.kernels.gpu.arc import MAX_ARC_EXPONENT, STARTS, TAU, arc_step
+from polarcache.kernels.gpu.arc import MAX_ARC_EXPONENT, STARTS, TAU, WHOLE, arc_step
 from polarcache.kernels.gpu.pair_encode import FP16_MAX, PI, pair_channels, spread
 from polarcache.kernels.gpu.words import ROUNDER, load_words, token_rows
 
@@ -84,12 +84,12 @@ def decode_pairs(
 
     group = tl.arange(0, NG)[:, None, None]
     c = (column % 4)[None, :, None] + 4 * tl.arange(0, 2)[None, None, :]
-    if ARC == "arc2":
+    if ARC == WHOLE:
         at = parameters_ptr + (group * D + 8 * step[None, :, None] + c)
     else:
         at = parameters_ptr + (group * (2 * D) + step[None, :, None] + c * (D // 16))
     radius_zero, radius_scale = tl.load(at).to(tl.float32), tl.load(at + D // 2).to(tl.float32)
-    if ARC == "arc2":
+    if ARC == WHOLE:
         at_arc = arcs_ptr + (group * D + 8 * step[None, :, None] + c)
         low = tl.load(at_arc + D // 2).to(tl.int32)
         arc = (tl.load(at_arc).to(tl.int32) << 4) | (low >> 4)

@@ -11,7 +11,15 @@ changes threads, and so do the rows of a column, but for the warps' share of the
 import triton
 import triton.language as tl
 
-from polarcache.kernels.gpu.arc import arc_middle, arc_step, sectors, whole_arc
+from polarcache.kernels.gpu.arc import (
+    MINMAX,
+    SMALLEST,
+    WHOLE,
+    arc_middle,
+    arc_step,
+    sectors,
+    whole_arc,
+)
 from polarcache.kernels.gpu.words import (
     ROUNDER_BITS,
     reciprocal,
@@ -25,7 +33,6 @@ from polarcache.kernels.polar.pair import FP16_MAX as _FP16_MAX
 FP16_MAX = tl.constexpr(_FP16_MAX)
 PI = tl.constexpr(3.141592653589793)
 TAU = tl.constexpr(6.283185307179586)
-NAN = tl.constexpr(float("nan"))
 # Keeps the square root of zero finite; pairs not longer than its root count as length zero.
 TINY = tl.constexpr(1e-37)
 # floor(p) is round(p - 1/2) but for whole p, which need a nudge above fp32's rounding.
@@ -249,7 +256,7 @@ def encode_pairs(
     Reads: x fp16, bf16 or fp32 at x_ptr (the head's first channel), last dim contiguous.
     Writes: codes and parameters of these pairs, every byte once; a flag where a radius is not
     finite or above 65504.
-    ARC: `minmax`, `arc` or `arc2`, whose arcs go to arcs_ptr; else that is not read.
+    ARC: MINMAX, SMALLEST or WHOLE, whose arcs go to arcs_ptr; else that is not read.
     Precision: fp32, parameters rounded to fp16 before codes are taken from them.
     """
     C: tl.constexpr = 4 * triton.next_power_of_2(STEPS)
@@ -264,12 +271,12 @@ def encode_pairs(
     rows_a = token_rows(slots_ptr, slice_index, token, stride_n, stride_t, T)
     rows_b = token_rows(slots_ptr, slice_index, token + 8, stride_n, stride_t, T)
     x, y = _load_pairs(x_ptr, rows_a, rows_b, step, c, D, ROTARY, INTERLEAVED)
-    square, radius, angle = polar(x, y, ARC != "arc2")
+    square, radius, angle = polar(x, y, ARC != WHOLE)
     radius_a, radius_b = tl.split(radius)
-    if ARC != "minmax":
+    if ARC != MINMAX:
         present = square > 2 * TINY
         sectors_a, sectors_b = tl.split(sectors(angle, present))
-        angle = tl.where(present, angle, NAN)  # minima and maxima pass over NaN
+        angle = tl.where(present, angle, float("nan"))  # minima and maxima pass over NaN
         angle_a, angle_b = tl.split(angle)
         low, high, start, stop = _merge(
             radius_a, radius_a, angle_a, angle_a, radius_b, radius_b, angle_b, angle_b
@@ -293,7 +300,7 @@ def encode_pairs(
         low, high, start, stop = _fold_ranges(low, high, start, stop, NG)
         middle = tl.zeros(start.shape, tl.float32)
     group = tl.arange(0, NG)[:, None, None]
-    if ARC == "arc2":
+    if ARC == WHOLE:
         arc, exponent = whole_arc(middle, start, stop)
         # [groups, 2, pairs]: high bytes, then low bytes
         pair = 8 * step[None, :, None] + c[None, :, None] + 4 * tl.arange(0, 2)[None, None, :]
@@ -308,7 +315,7 @@ def encode_pairs(
         codes = _codes(angle, arc.to(tl.float32) * (TAU / 4096) - middle, step_width, T_BITS)
     else:
         zero = start + (middle + PI)
-        if ARC == "arc":
+        if ARC == SMALLEST:
             zero -= TAU * whole(zero * (1 / TAU))
         radius_min = low.to(tl.float16)
         radius_scale = ((high - low) * (1.0 / (1 << R_BITS))).to(tl.float16)
@@ -328,7 +335,7 @@ def encode_pairs(
     )
     store_words(codes_ptr, words, step, first_step, D, R_BITS + T_BITS, TILES, STEPS)
 
-    if ARC == "arc2":
+    if ARC == WHOLE:
         # [groups, 2 kinds, pairs]
         at = parameters_ptr + (group * D + pair)
         tl.store(at, radius_min)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from polarcache.kernels.gpu.arc import WHOLE
 from polarcache.kernels.gpu.integer import decode_integers, encode_integers
 from polarcache.kernels.gpu.pair_decode import decode_pairs
 from polarcache.kernels.gpu.pair_encode import encode_pairs
@@ -77,7 +78,7 @@ def encode_kernel(
         codes_ptr = slice_ptr + KEY[5] + (head * T + first_token) * PAIR_BYTES
         group = head * (T // GROUP) + first_token // GROUP
         # Four kinds a pair, or two and the arc.
-        parameters_ptr = slice_ptr + KEY[6] + group * (2 * D if KEY[2] == "arc2" else 4 * D)
+        parameters_ptr = slice_ptr + KEY[6] + group * (2 * D if KEY[2] == WHOLE else 4 * D)
         arcs_ptr = slice_ptr + KEY[9] + group * D
         encode_pairs(
             k_ptr + head * stride_k_h,
@@ -177,7 +178,7 @@ def decode_kernel(
         codes_ptr = slice_ptr + KEY[5] + (head * T + first_token) * PAIR_BYTES
         group = head * (T // GROUP) + first_token // GROUP
         # Four kinds a pair, or two and the arc.
-        parameters_ptr = slice_ptr + KEY[6] + group * (2 * D if KEY[2] == "arc2" else 4 * D)
+        parameters_ptr = slice_ptr + KEY[6] + group * (2 * D if KEY[2] == WHOLE else 4 * D)
         arcs_ptr = slice_ptr + KEY[9] + group * D
         decode_pairs(
             k_ptr + head * stride_k_h,

@@ -20,7 +20,6 @@ from polarcache.kernels.gpu.pair_decode import turn
 from polarcache.kernels.gpu.pair_encode import (
     FP16_MAX,
     HALF,
-    NAN,
     TINY,
     merge_angles,
     merge_sectors,
@@ -114,7 +113,7 @@ def encode_tiers(
         square, radius, angle = polar(x, y, False)
         present = square > 2 * TINY
         occupied = tl.reshape(sectors(angle, present), [NG, GROUP, P])
-        angle = tl.reshape(tl.where(present, angle, NAN), [NG, GROUP, P])
+        angle = tl.reshape(tl.where(present, angle, float("nan")), [NG, GROUP, P])
         radius = tl.reshape(radius, [NG, GROUP, P])
         low, high, start, stop, occupied = tl.reduce(
             (radius, radius, angle, angle, occupied), 1, merge_sectors
