@@ -126,14 +126,6 @@ def halves(numbers):
 
 
 @triton.jit
-def beside(first, second):
-    """Puts [M, N] and [M, N] side by side: [M, 2 N]."""
-    M: tl.constexpr = first.shape[0]
-    N: tl.constexpr = first.shape[1]
-    return tl.reshape(tl.permute(tl.join(first, second), (0, 2, 1)), [M, 2 * N])
-
-
-@triton.jit
 def head_rows(slots_ptr, slice_index, row, stride_n, stride_t, stride_h, T: tl.constexpr):
     """Returns element offsets, int64, of rows T head + token of one slice; slots as token_rows."""
     token = row % T

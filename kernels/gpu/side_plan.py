@@ -10,13 +10,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from polarcache.kernels.gpu import polar_kernels, tier_kernels, tree_kernels
+from polarcache.kernels.gpu import polar_kernels, tier_kernels, tree_decode, tree_encode
 from polarcache.kernels.gpu.tables import (
     MATRIX_SCALE,
     key_mixing,
     level_cosines,
     polar_decoder_tables,
-    tree_tables,
+    tree_decoder_tables,
+    tree_encoder_tables,
     value_mixing,
 )
 from polarcache.kernels.layout import TILE_TOKENS, BlockShape, Field, PackedLayout
@@ -323,7 +324,6 @@ def _tree_launches(
         "T": shape.tokens,
         "D": head_dim,
         "BITS": bits,
-        "COSINES": tuple(cosines.flatten().tolist()),
         "FORM": codec.form,
         "CENTRED": centred,
         "ORDER": order,
@@ -336,13 +336,14 @@ def _tree_launches(
             tangents[cosines.shape[1] * (level - 1) + index] = math.tan((low + high) / 2) ** 2
     most = shape.tokens if centred else _MAX_ROWS
     encoder = _launch(
-        tree_kernels.encode_trees, {**common, "TANGENTS": tuple(tangents)},
-        partial(tree_tables, codec, head_dim, order, "encode"), shape,
+        tree_encode.encode_trees,
+        {**common, "COSINES": tuple(cosines.flatten().tolist()), "TANGENTS": tuple(tangents)},
+        partial(tree_encoder_tables, codec, head_dim, order), shape,
         _DEEP_ENCODER if deep else _TREE_ENCODER, shape.tokens if centred else TILE_TOKENS, most,
     )  # fmt: skip
     decoder = _launch(
-        tree_kernels.decode_trees, common,
-        partial(tree_tables, codec, head_dim, order, "decode"), shape,
+        tree_decode.decode_trees, common,
+        partial(tree_decoder_tables, codec, head_dim, order), shape,
         _TREE_DECODER, TILE_TOKENS, most,
     )  # fmt: skip
     return encoder, decoder

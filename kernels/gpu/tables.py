@@ -105,29 +105,62 @@ def _channels_of_codes(codec: Polar) -> Tensor:
     return torch.from_numpy(halves.view(np.int32)[..., 0].copy())
 
 
+def _tree_rotation(codec: Recursive, head_dim: int) -> _Floats:
+    """Returns the rotation, fp64 [D, D]: row i of it makes channel i."""
+    rotated = rotation(head_dim, codec.seed, torch.device("cpu"))
+    return rotated.numpy().astype(np.float64)
+
+
 @lru_cache(maxsize=64)
-def tree_tables(
-    codec: Recursive, head_dim: int, order: str, use: str, device: torch.device
+def tree_encoder_tables(
+    codec: Recursive, head_dim: int, order: str, device: torch.device
 ) -> tuple[Tensor, ...]:
     """Returns parts of the rotation, fp16 [2, D, D], and cosines of all levels, fp32 [levels, 16].
 
-    The encoder's columns and the decoder's rows are channels in the order of the kernel.
+    Columns are channels in the order of the kernel.
 
     Args:
         codec: form and seed.
         head_dim: D.
         order: how trees lie, `key` for lanes of keys.
-        use: `encode` or `decode`.
         device: where the tensors lie.
     """
-    matrix = rotation(head_dim, codec.seed, torch.device("cpu")).numpy().astype(np.float64)
     blocks = head_dim // 16
     column = np.arange(head_dim)
-    if order == "key":
-        place = column % blocks
-        column = column - place + place // (blocks // 4) + place % (blocks // 4) * 4
-    matrix = matrix[column].T if use == "encode" else matrix[column]
-    return _parts(np.ascontiguousarray(matrix), device), level_cosines(codec, head_dim).to(device)
+    place = column % blocks
+    column = column - place + _block_at(place, blocks, order)
+    matrix = np.ascontiguousarray(_tree_rotation(codec, head_dim)[column].T)
+    return _parts(matrix, device), level_cosines(codec, head_dim).to(device)
+
+
+@lru_cache(maxsize=64)
+def tree_decoder_tables(
+    codec: Recursive, head_dim: int, order: str, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Returns parts of the rotation and the rotation, fp16 [3, D, D], and angles of all levels.
+
+    Rows are channels in the order of the kernel, tree by tree, bits of their places reversed.
+    Angles are int32 [3, levels, 16]: cosine and sine as fp32, then both as fp16.
+    """
+    blocks = head_dim // 16
+    row = np.arange(head_dim)
+    place = row % 16
+    channel = sum(((place >> bit) & 1) << (3 - bit) for bit in range(4))
+    matrix = _tree_rotation(codec, head_dim)[channel * blocks + _block_at(row // 16, blocks, order)]
+    plain = torch.from_numpy(matrix.astype(np.float16))[None].to(device)
+    cosines = level_cosines(codec, head_dim)
+    sines = (1 - cosines.double().square()).sqrt().float()
+    sines[0] = cosines[0].roll(4)
+    halves = torch.stack((cosines, sines), -1).half().view(torch.int32)[..., 0]
+    angles = torch.stack((cosines.view(torch.int32), sines.view(torch.int32), halves))
+    return torch.cat((_parts(matrix, device), plain)), angles.to(device)
+
+
+def _block_at(place: npt.NDArray[np.int64], blocks: int, order: str) -> npt.NDArray[np.int64]:
+    """Returns the block of each place of a row: lanes c of keys own blocks c, c + 4, ..."""
+    if order != "key":
+        return place
+    return place // (blocks // 4) + place % (blocks // 4) * 4
 
 
 def level_cosines(codec: Recursive, head_dim: int) -> Tensor:

@@ -10,7 +10,7 @@ memory as `Order` says (`_tree_order` in kernels/layout.py).
 import triton
 import triton.language as tl
 
-from polarcache.kernels.gpu.rotate import beside, halves, load_table, look_up
+from polarcache.kernels.gpu.rotate import halves, load_table, look_up
 from polarcache.kernels.gpu.words import whole
 
 # Entries of each level in tables of all levels.
@@ -149,19 +149,6 @@ def gathered(codes, BLOCKS: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def scattered(numbers, K: tl.constexpr, BITS: tl.constexpr):
-    """The inverse: int32 [M, blocks] to [M, K blocks]."""
-    M: tl.constexpr = numbers.shape[0]
-    BLOCKS: tl.constexpr = numbers.shape[1]
-    if K == 1:
-        return numbers & ((1 << BITS) - 1)
-    else:
-        place = (tl.arange(0, K) * BITS)[None, :, None]
-        codes = (numbers[:, None, :] >> place) & ((1 << BITS) - 1)
-        return tl.reshape(codes, [M, K * BLOCKS])
-
-
-@triton.jit
 def to_memory(numbers, ORDER: tl.constexpr):
     """Orders one number a tree, [M, blocks], as trees lie in memory: [M blocks].
 
@@ -177,19 +164,6 @@ def to_memory(numbers, ORDER: tl.constexpr):
         numbers = tl.reshape(numbers, [M // 16, 2, 4, 2, B // 8, 8])
         numbers = tl.permute(numbers, (0, 5, 2, 4, 1, 3))
     return tl.reshape(numbers, [M * B])
-
-
-@triton.jit
-def from_memory(numbers, B: tl.constexpr, ORDER: tl.constexpr):
-    """The inverse: [M blocks] to [M, blocks]."""
-    M: tl.constexpr = numbers.shape[0] // B
-    if ORDER == "key":
-        numbers = tl.reshape(numbers, [M // 16, 8, 4, B // 4, 2])
-        numbers = tl.permute(numbers, (0, 4, 1, 2, 3))
-    elif ORDER == "value":
-        numbers = tl.reshape(numbers, [M // 16, 8, 4, B // 8, 2, 2])
-        numbers = tl.permute(numbers, (0, 4, 2, 5, 3, 1))
-    return tl.reshape(numbers, [M, B])
 
 
 @triton.jit
@@ -231,17 +205,6 @@ def log_radii(codes):
 
 
 @triton.jit
-def expanded_first(radii, codes, cosines_ptr):
-    """Returns both channels of pairs of level 1, fp32 [M, 2 N], of codes int32 [M, N].
-
-    cosines_ptr: as for turn_of; a quarter of a turn, 4 codes, makes a sine.
-    """
-    cosines = load_table(cosines_ptr, ENTRIES)
-    sines = tl.load(cosines_ptr + (tl.arange(0, ENTRIES) + 12) % ENTRIES)
-    return beside(radii * look_up(cosines, codes), radii * look_up(sines, codes))
-
-
-@triton.jit
 def turn_of(codes, cosines_ptr, COSINES: tl.constexpr, LEVEL: tl.constexpr, BITS: tl.constexpr):
     """Returns cosine and sine, fp32, of codes above level 1.
 
@@ -265,12 +228,3 @@ def turn_of(codes, cosines_ptr, COSINES: tl.constexpr, LEVEL: tl.constexpr, BITS
         cosine = look_up(load_table(cosines_ptr + FIRST, 1 << BITS), codes)
         # No angle is near 0 or pi/2.
         return cosine, tl.sqrt(1.0 - cosine * cosine)
-
-
-@triton.jit
-def expanded(
-    radii, codes, cosines_ptr, COSINES: tl.constexpr, LEVEL: tl.constexpr, BITS: tl.constexpr
-):
-    """Returns radii of both halves, fp32 [M, 2 N], of codes int32 [M, N] of a level above 1."""
-    cosine, sine = turn_of(codes, cosines_ptr, COSINES, LEVEL, BITS)
-    return beside(radii * cosine, radii * sine)

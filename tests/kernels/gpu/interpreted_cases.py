@@ -67,10 +67,10 @@ def test_kernels_code_as_plain_torch(text: str, shape: BlockShape) -> None:
     plan.decode(expected, None, *decoded)
     for side, out, x in zip(("key", "value"), decoded, reference, strict=True):
         if side in plan.sides:
-            # Rotations multiply fp16 numbers: 2**-12 of each, summed over a row.
+            # Rotations multiply fp16 numbers, after up to seven roundings to them, and sum a row.
             codec_of_side = codec.profile.key if side == "key" else codec.profile.value
             rotated = isinstance(codec_of_side, Polar | Recursive)
-            atol = 2.0**-9 * float(x.float().square().mean().sqrt()) if rotated else 4e-6
+            atol = 2.0**-8 * float(x.float().square().mean().sqrt()) if rotated else 4e-6
             torch.testing.assert_close(out, x, rtol=2.0**-10, atol=atol)
 
 
