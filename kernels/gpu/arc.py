@@ -22,11 +22,19 @@ TAU = tl.constexpr(6.283185307179586)
 
 @triton.jit
 def sectors(angle, present):
-    """Returns uint32 sets with the sector of each angle in [-pi, pi]; empty where not present."""
+    """Returns uint32 sets with the sector of each angle in [-pi, pi].
+
+    They are empty where not present, a bool of that shape or None. An angle of pi is in sector 0.
+    """
     tl.static_assert(NUM_SECTORS == 32, "sets are rotated as 32-bit words")
-    sector = (angle * (NUM_SECTORS / TAU) + NUM_SECTORS / 2).to(tl.int32)
-    sector = tl.minimum(sector, NUM_SECTORS - 1).to(tl.uint32)
-    return tl.where(present, 1, 0).to(tl.uint32) << sector
+    # Between 64 and 96, where fp32 numbers have 17 bits behind the point.
+    place = angle * (NUM_SECTORS / TAU) + (64 + NUM_SECTORS // 2)
+    sector = place.to(tl.uint32, bitcast=True) >> 17  # bits above the lower five are the same
+    ones = tl.full(angle.shape, 1, tl.uint32)
+    if present is not None:
+        ones = tl.where(present, ones, 0)
+    # A rotation, which one instruction does.
+    return (ones << (sector & 31)) | (ones >> ((32 - sector) & 31))
 
 
 @triton.jit

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from polarcache.kernels.gpu.words import (
-    ROUNDER_BITS,
+    ROUNDER,
+    clamped_pair,
     reciprocal,
-    rounded_codes,
     token_rows,
     word_offset,
 )
@@ -76,6 +76,14 @@ def _spread(numbers, C: tl.constexpr):
 
 
 @triton.jit
+def _codes(x, zeros, inverse, BITS: tl.constexpr):
+    """Returns codes of [R, C, 2, 2], int32 [R, C, token + 8], those of token + 1 in high halves."""
+    places = tl.fma(x - zeros, tl.broadcast_to(inverse, x.shape), ROUNDER)
+    even, odd = tl.split(places)
+    return clamped_pair(even, odd, BITS)
+
+
+@triton.jit
 def encode_integers(
     x_ptr,
     slots_ptr,
@@ -126,7 +134,10 @@ def encode_integers(
     low, high = _ranges(low, high, G)
     largest: tl.constexpr = (1 << BITS) - 1
     zero = low.to(tl.float16)
-    scale = tl.div_rn(high - low, tl.full([R, G, 2, 2], largest, tl.float32)).to(tl.float16)
+    # What a division rounds to: a product, corrected by what it leaves.
+    span = high - low
+    quotient = span * (1.0 / largest)
+    scale = tl.fma(tl.fma(quotient, -1.0 * largest, span), 1.0 / largest, quotient).to(tl.float16)
 
     # [tile, group, c, kind, token + 8, token + 1]
     group = tl.arange(0, G)[None, :, None, None]
@@ -145,19 +156,10 @@ def encode_integers(
     if refused > 0:
         tl.store(flag_ptr, 1)
 
-    # The zero of fp16 numbers is their minimum itself.
-    CLAMP_LOW: tl.constexpr = x_ptr.dtype.element_ty != tl.float16
-    shape: tl.constexpr = x_0.shape
-    zeros, inverse = _spread(zero32, C), tl.broadcast_to(_spread(reciprocal(scale32), C), shape)
-    codes = rounded_codes(x_0 - zeros, inverse, BITS, CLAMP_LOW)
-    codes += rounded_codes(x_8 - zeros, inverse, BITS, CLAMP_LOW) << BITS
-    even, odd = tl.split(codes)
-    tokens_0, tokens_8 = tl.split(even + (odd << 16))
+    zeros, inverse = _spread(zero32, C), _spread(reciprocal(scale32), C)
+    codes = _codes(x_0, zeros, inverse, BITS) + (_codes(x_8, zeros, inverse, BITS) << BITS)
+    tokens_0, tokens_8 = tl.split(codes)
     words = tokens_0 + (tokens_8 << (2 * BITS))
-    # The patterns' common part sums to a constant; adding wraps at 32 bits.
-    EACH: tl.constexpr = ((1 << BITS) + 1) * ((1 << (2 * BITS)) + 1) * 0x10001
-    COMMON: tl.constexpr = -(ROUNDER_BITS * EACH) % (1 << 32)
-    words += COMMON if COMMON < (1 << 31) else COMMON - (1 << 32)
     _store_blocks(codes_ptr, words, D, BITS, TILES)
 
 

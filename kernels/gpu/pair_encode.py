@@ -21,9 +21,9 @@ from polarcache.kernels.gpu.arc import (
     whole_arc,
 )
 from polarcache.kernels.gpu.words import (
-    ROUNDER_BITS,
+    ROUNDER,
+    clamped_pair,
     reciprocal,
-    rounded_codes,
     store_words,
     token_rows,
     whole,
@@ -56,10 +56,11 @@ def pair_channels(pairs, D: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.
 
 
 @triton.jit
-def polar(x, y, TURNED: tl.constexpr):
+def polar(x, y, TURNED: tl.constexpr, CIRCULAR: tl.constexpr = False):
     """Returns squared radius, radius and angle in [-pi, pi] of fp32 pairs.
 
     TURNED: whether angles are less by pi, so that they start at 0 and not at -pi.
+    CIRCULAR: whether -pi and pi are the same to the caller: a y of -0.0 may give either.
 
     One reciprocal root serves both: the angle to the nearer axis has the sine min(|x|, |y|) / r,
     at most sqrt(1/2), where asin z = z + z^3 Q(z^2), Q of degree 5, within 5e-8 (minimax fit).
@@ -75,6 +76,11 @@ def polar(x, y, TURNED: tl.constexpr):
     q = q * w + 0.07580921798944473
     q = q * w + 0.16663891077041626
     angle = z + z * (q * w)
+    if CIRCULAR:
+        # Signs by bits, cheaper than by comparisons: from the y axis, then from the x axis.
+        angle = tl.where(height > width, angle, PI / 2 - angle)
+        angle = _signed(angle, x, not TURNED) + PI / 2
+        return square, square * root, _signed(angle, y, TURNED)
     angle = tl.where(height > width, PI / 2 - angle, angle)
     if TURNED:
         angle = tl.where(x < 0, angle, PI - angle)
@@ -83,6 +89,16 @@ def polar(x, y, TURNED: tl.constexpr):
         angle = tl.where(x < 0, PI - angle, angle)
         angle = tl.where(y < 0, -angle, angle)
     return square, square * root, angle
+
+
+@triton.jit
+def _signed(numbers, signs, OPPOSITE: tl.constexpr):
+    """Gives fp32 numbers of at least 0 the signs, or the opposite signs, of others."""
+    bits = signs.to(tl.uint32, bitcast=True)
+    if OPPOSITE:
+        bits = bits ^ 0xFFFFFFFF
+    bits = numbers.to(tl.uint32, bitcast=True) | (bits & 0x80000000)
+    return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -103,6 +119,26 @@ def merge_sectors(
     """The same with sets of sectors."""
     low, high, start, stop = _merge(low_a, high_a, start_a, stop_a, low_b, high_b, start_b, stop_b)
     return low, high, start, stop, sectors_a | sectors_b
+
+
+@triton.jit
+def _ranges(radius, angle, present, NG: tl.constexpr):
+    """Returns ranges of radii and of angles and sets of sectors, [NG, C, 2] each.
+
+    present: which pairs have an angle, or None for all.
+    """
+    radius_a, radius_b = tl.split(radius)
+    angle_a, angle_b = tl.split(angle)
+    sectors_a, sectors_b = tl.split(sectors(angle, present))
+    low, high, start, stop = _merge(
+        radius_a, radius_a, angle_a, angle_a, radius_b, radius_b, angle_b, angle_b
+    )
+    return _fold_sectors(low, high, start, stop, sectors_a | sectors_b, NG)
+
+
+@triton.jit
+def _any(numbers):
+    return tl.max(tl.reshape(tl.where(numbers, 1, 0), [numbers.numel]), 0) > 0
 
 
 @triton.jit
@@ -164,13 +200,18 @@ def spread(numbers, R: tl.constexpr):
 
 @triton.jit
 def _codes(numbers, zero, scale, BITS: tl.constexpr):
-    """Returns floor((numbers - zero) / scale) of [R, C, 2, 2] as int32 above ROUNDER_BITS."""
+    """Returns floor((numbers - zero) / scale) of [R, C, 2, 2], clamped to BITS bits.
+
+    int32 [R, C, token + 8]: codes of a pair and of pair + 4 in the halves.
+    """
     R: tl.constexpr = numbers.shape[0]
     shape: tl.constexpr = numbers.shape
     # Rounding the distance from the first bin's centre is the floor of that from its edge.
     offsets = numbers - spread(zero + HALF * scale, R)
     inverse = tl.broadcast_to(spread(reciprocal(scale), R), shape)
-    return rounded_codes(offsets, inverse, BITS, True)
+    places = tl.fma(offsets, inverse, ROUNDER)
+    low, high = tl.split(tl.permute(places, (0, 1, 3, 2)))
+    return clamped_pair(low, high, BITS)
 
 
 @triton.jit
@@ -271,22 +312,19 @@ def encode_pairs(
     rows_a = token_rows(slots_ptr, slice_index, token, stride_n, stride_t, T)
     rows_b = token_rows(slots_ptr, slice_index, token + 8, stride_n, stride_t, T)
     x, y = _load_pairs(x_ptr, rows_a, rows_b, step, c, D, ROTARY, INTERLEAVED)
-    square, radius, angle = polar(x, y, ARC != WHOLE)
+    square, radius, angle = polar(x, y, ARC != WHOLE, ARC != MINMAX)
     radius_a, radius_b = tl.split(radius)
     if ARC != MINMAX:
-        present = square > 2 * TINY
-        sectors_a, sectors_b = tl.split(sectors(angle, present))
-        angle = tl.where(present, angle, float("nan"))  # minima and maxima pass over NaN
-        angle_a, angle_b = tl.split(angle)
-        low, high, start, stop = _merge(
-            radius_a, radius_a, angle_a, angle_a, radius_b, radius_b, angle_b, angle_b
-        )
-        low, high, start, stop, occupied = _fold_sectors(
-            low, high, start, stop, sectors_a | sectors_b, NG
-        )
+        low, high, start, stop, occupied = _ranges(radius, angle, None, NG)
+        if _any(low * low <= 4 * TINY):
+            # Pairs of length zero have no angle; minima and maxima pass over NaN.
+            present = radius * radius > 2 * TINY
+            angle = tl.where(present, angle, float("nan"))
+            low, high, start, stop, occupied = _ranges(radius, angle, present, NG)
         middle = arc_middle(occupied, start, stop)
-        angle -= spread(middle, R)
-        angle -= TAU * whole(angle * (1 / TAU))
+        # Half a turn before and after the middle, which is in [-pi, 2 pi), are a turn apart.
+        above = tl.where(middle < 0, middle + TAU, middle)
+        angle -= tl.where(angle < spread(above - PI, R), spread(above - TAU, R), spread(above, R))
         angle_a, angle_b = tl.split(angle)
         start, stop = merge_angles(angle_a, angle_a, angle_b, angle_b)
         start, stop = _fold_angles(start, stop, NG)
@@ -326,13 +364,8 @@ def encode_pairs(
         codes = _codes(angle, relative_zero, angle_scale.to(tl.float32), T_BITS)
     radius_code = _codes(radius, radius_min.to(tl.float32), radius_scale.to(tl.float32), R_BITS)
     codes += radius_code << T_BITS
-    bytes_a, bytes_b = tl.split(codes)
-    low_halves, high_halves = tl.split(bytes_a + (bytes_b << 8))
-    # The patterns' common part sums to a constant; adding wraps at 32 bits.
-    COMMON: tl.constexpr = -(ROUNDER_BITS * ((1 << T_BITS) + 1) * 0x01010101) % (1 << 32)
-    words = (
-        low_halves + (high_halves << 16) + (COMMON if COMMON < (1 << 31) else COMMON - (1 << 32))
-    )
+    codes_a, codes_b = tl.split(codes)
+    words = codes_a + (codes_b << 8)
     store_words(codes_ptr, words, step, first_step, D, R_BITS + T_BITS, TILES, STEPS)
 
     if ARC == WHOLE:

@@ -131,7 +131,7 @@ def _halves(
         place = index % NODES
         code = ((place & 1) * 4 + (place & 2) + (place >> 2)) >> LEVEL
         codes = words[index // NODES] >> (code * BITS)
-        halves = halves + _turned(radii[index], codes, table_ptr, LEVELS, LEVEL, BITS, WIDE)
+        halves += _turned(radii[index], codes, table_ptr, LEVELS, LEVEL, BITS, WIDE)
     return halves
 
 
@@ -181,7 +181,7 @@ def _joined(channels):
 def _pairs(parts, COUNT: tl.constexpr):
     pairs = ()
     for index in tl.static_range(COUNT):
-        pairs = pairs + (tl.join(parts[index], parts[COUNT + index]),)
+        pairs += (tl.join(parts[index], parts[COUNT + index]),)
     return pairs
 
 

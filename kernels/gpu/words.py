@@ -2,7 +2,9 @@
 
 import triton
 import triton.language as tl
+from triton.language import target_info
 
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # 1.5 * 2^23: adding it rounds an fp32 number below 2^22 to a whole one, half to even.
 ROUNDER = tl.constexpr(12582912.0)
 ROUNDER_BITS = tl.constexpr(0x4B400000)
@@ -33,15 +35,31 @@ def whole(numbers):
 
 
 @triton.jit
-def rounded_codes(offsets, inverse, BITS: tl.constexpr, CLAMP_LOW: tl.constexpr):
-    """Returns round(offsets * inverse), clamped to BITS bits, as int32 above ROUNDER_BITS.
+def clamped_pair(low, high, BITS: tl.constexpr):
+    """Clamps rounded numbers to codes of BITS bits: int32, the codes in its halves.
 
-    Product and sum are one fused rounding, straight to a whole number.
+    Args:
+        low: fp32 numbers below 2^15, to each of which ROUNDER was added.
+        high: likewise, of that shape.
+        BITS: bits of a code.
     """
-    place = tl.fma(offsets, inverse, ROUNDER)
-    if CLAMP_LOW:
-        place = tl.maximum(place, ROUNDER)
-    return tl.minimum(place, ROUNDER + ((1 << BITS) - 1)).to(tl.int32, bitcast=True)
+    low, high = low.to(tl.int32, bitcast=True), high.to(tl.int32, bitcast=True)
+    LARGEST: tl.constexpr = (1 << BITS) - 1
+    PACKED: tl.constexpr = False if _INTERPRETED else target_info.cuda_capability_geq(9, 0)
+    if PACKED:
+        # The low halves of the patterns are the numbers; one instruction clamps both.
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; prmt.b32 t, $1, $2, 0x5410; min.relu.s16x2 $0, t, $3; }",
+            "=r,r,r,r",
+            [low, high, LARGEST * 0x10001],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        low = tl.minimum(tl.maximum(low - ROUNDER_BITS, 0), LARGEST)
+        high = tl.minimum(tl.maximum(high - ROUNDER_BITS, 0), LARGEST)
+        return low | (high << 16)
 
 
 @triton.jit

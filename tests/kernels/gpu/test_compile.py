@@ -1,6 +1,7 @@
 import importlib
 import pkgutil
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,8 +67,14 @@ def compiled(
     source = ASTSource(
         kernel, signature, {n: constants[n] for n in kernel.arg_names if n in constants}, attributes
     )
-    options = {"num_warps": num_warps}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    target, config = GPUTarget("cuda", capability, 32), triton.runtime.driver
+    # Kernels ask the device in use what it can do.
+    in_use = config._active
+    config.set_active(SimpleNamespace(get_current_target=lambda: target))
+    try:
+        return triton.compile(source, target=target, options={"num_warps": num_warps})
+    finally:
+        config.set_active(in_use)
 
 
 @pytest.mark.parametrize("capability", [80, 90], ids=["sm80", "sm90"])
