@@ -54,7 +54,8 @@ class Candidate:
         profile: text of the profile.
         side: `key`, `value` or `fused`.
         encode: whether it encodes.
-        launch: rows, warps, stages, registers, programs; of `fused`, steps and registers.
+        launch: rows, warps, stages, registers, programs; of `fused`, steps,
+            registers, pairs of a warp.
     """
 
     profile: str
@@ -71,7 +72,8 @@ class Candidate:
 def candidates() -> Iterator[Candidate]:
     """Yields all candidates."""
     for profile, encode in itertools.product(FUSED, (True, False)):
-        for launch in itertools.product((2, 4, 8), (0, 80, 96, 112, 128)):
+        pairs = (1024, 2048) if encode else (1024,)
+        for launch in itertools.product((2, 4, 8), (0, 80, 96, 112, 128), pairs):
             yield Candidate(profile, "fused", encode, launch)
     for (profile, side), encode in itertools.product(SINGLES, (True, False)):
         centred = encode and "k=recursive," not in profile
@@ -90,7 +92,7 @@ def run(candidate: Candidate, keys: Tensor, values: Tensor, packed: Tensor) -> N
     packed = packed_slices(packed, layout)
     flags = torch.zeros((2, slices), dtype=torch.int32, device="cuda")
     if candidate.side == "fused":
-        _run_fused(candidate, FusedPlan.of(profile, SHAPE, layout, candidate.launch[0]),
+        _run_fused(candidate, FusedPlan.of(profile, SHAPE, layout, candidate.launch[0], candidate.launch[2]),
                    keys, values, packed, flags)  # fmt: skip
         return
     plan = Plan.of(profile, SHAPE, layout)

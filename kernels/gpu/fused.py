@@ -38,7 +38,12 @@ class FusedPlan:
 
     @classmethod
     def of(
-        cls, profile: Profile, shape: BlockShape, layout: PackedLayout, steps: int = _STEPS
+        cls,
+        profile: Profile,
+        shape: BlockShape,
+        layout: PackedLayout,
+        steps: int = _STEPS,
+        pairs_per_warp: int = _PAIRS_PER_WARP,
     ) -> Self | None:
         """Returns the plan, or None where no side has a kernel.
 
@@ -50,13 +55,14 @@ class FusedPlan:
             shape: shape of one layer of one block.
             layout: where the bytes of a packed slice lie.
             steps: steps of 8 pairs that a program codes, where they fill words.
+            pairs_per_warp: pairs of a program's tokens that a warp codes.
         """
         fields = {field.name: field for field in layout.fields}
         key = _key_constants(profile, shape, fields, steps)
         warps = 1
         if key is not None:
             tokens, steps = key[7:9]
-            warps = _warps(tokens * 8 * steps, _PAIRS_PER_WARP)
+            warps = _warps(tokens * 8 * steps, pairs_per_warp)
         value = _value_constants(profile, shape, fields, warps)
         if key is None and value is None:
             return None

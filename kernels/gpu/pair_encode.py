@@ -312,7 +312,7 @@ def encode_pairs(
     rows_a = token_rows(slots_ptr, slice_index, token, stride_n, stride_t, T)
     rows_b = token_rows(slots_ptr, slice_index, token + 8, stride_n, stride_t, T)
     x, y = _load_pairs(x_ptr, rows_a, rows_b, step, c, D, ROTARY, INTERLEAVED)
-    square, radius, angle = polar(x, y, ARC != WHOLE, ARC != MINMAX)
+    _, radius, angle = polar(x, y, ARC != WHOLE, ARC != MINMAX)
     radius_a, radius_b = tl.split(radius)
     if ARC != MINMAX:
         low, high, start, stop, occupied = _ranges(radius, angle, None, NG)

@@ -16,8 +16,8 @@ from polarcache.kernels.gpu.words import whole
 # Entries of each level in tables of all levels.
 ENTRIES = tl.constexpr(16)
 # Tangents of 22.5 and 67.5 degrees: bounds of the 16 angles of level 1 in a quadrant.
-_TAN_1 = tl.constexpr(0.41421356237309503)
-_TAN_3 = tl.constexpr(2.414213562373095)
+TAN_1 = tl.constexpr(0.41421356237309503)
+TAN_3 = tl.constexpr(2.414213562373095)
 # Cosines of 11.25, 33.75, 56.25 and 78.75 degrees, their middles.
 _COS_0 = tl.constexpr(0.9807852804032304)
 _COS_1 = tl.constexpr(0.8314696123025452)
@@ -40,7 +40,7 @@ def first_codes(x, y, DEEP: tl.constexpr):
     """
     width, height = tl.abs(x), tl.abs(y)
     upper = height > width
-    odd = height > width * tl.where(upper, _TAN_3, _TAN_1)
+    odd = height > width * tl.where(upper, TAN_3, TAN_1)
     backwards = (x < 0) != (y < 0)
     # Quadrants 1 and 3 count backwards.
     codes = tl.where(backwards, 7, 0) ^ (tl.where(upper, 2, 0) | tl.where(odd, 1, 0))

@@ -7,7 +7,7 @@ for centred keys all tokens of one head. The matrix is loaded once a program.
 import triton
 import triton.language as tl
 
-from polarcache.kernels.gpu import centre, rotate, streams, tree
+from polarcache.kernels.gpu import centre, rotate, streams, tree, tree_words
 
 
 @triton.jit
@@ -71,21 +71,30 @@ def encode_trees(
             rotate.refuse(flags_ptr + slice_index, scale.to(tl.float32) <= rotate.FP16_MAX)
         x_high, x_low, inverse = rotate.split_rows(x)
         numbers = rotate.product(x_high, x_low, high, low, x.dtype == tl.float32, 2)
-        first, second = rotate.halves(numbers)
-        codes, products = tree.first_codes(first, second, DEEP)
-        square = first * first + second * second
-        _store_level(slice_ptr, first_row, codes, D, 0, BITS, ORDER, FIELDS)
-        for index in tl.static_range(1, LEVELS):
-            if index == 4:
-                square = tree.by_column(square, ORDER)
-                products = tree.by_column(products, ORDER)  # of `deep`, the only one of 5 levels
-            first, second = rotate.halves(square)
-            codes, products = tree.next_codes(
-                first, second, products, cosines_ptr,
-                COSINES, TANGENTS, index, BITS[index], DEEP,
-            )  # fmt: skip
-            square = first + second
-            _store_level(slice_ptr, first_row, codes, D, index, BITS, ORDER, FIELDS)
+        if DEEP:
+            first, second = rotate.halves(numbers)
+            codes, products = tree.first_codes(first, second, True)
+            square = first * first + second * second
+            _store_level(slice_ptr, first_row, codes, D, 0, BITS, ORDER, FIELDS)
+            for index in tl.static_range(1, LEVELS):
+                if index == 4:
+                    square = tree.by_column(square, ORDER)
+                    products = tree.by_column(products, ORDER)
+                first, second = rotate.halves(square)
+                codes, products = tree.next_codes(
+                    first, second, products, cosines_ptr,
+                    COSINES, TANGENTS, index, BITS[index], True,
+                )  # fmt: skip
+                square = first + second
+                _store_level(slice_ptr, first_row, codes, D, index, BITS, ORDER, FIELDS)
+        else:
+            tl.static_assert(BITS == (4, 2, 2, 2))
+            words, squares = tree_words.first_words(tree_words.channels_of_trees(numbers, D // 16))
+            _store_words(slice_ptr, first_row, words, 0, 32, ORDER, FIELDS)
+            for index in tl.static_range(1, 4):
+                words, squares = tree_words.next_words(squares, TANGENTS, index)
+                _store_words(slice_ptr, first_row, words, index, 16 >> index, ORDER, FIELDS)
+            square = squares[0]
         TREES: tl.constexpr = D >> LEVELS
         radius = tl.sqrt(square)
         if DEEP:
@@ -101,6 +110,21 @@ def encode_trees(
         BYTES: tl.constexpr = 2 if FORM == "published" else 1
         at = slice_ptr + FIELDS[LEVELS] + first_row * (TREES * BYTES)
         streams.store_stream(at, tree.to_memory(code, "rows" if DEEP else ORDER), 8 * BYTES)
+
+
+@triton.jit
+def _store_words(
+    slice_ptr,
+    first_row,
+    words,
+    LEVEL: tl.constexpr,
+    BITS: tl.constexpr,
+    ORDER: tl.constexpr,
+    FIELDS: tl.constexpr,
+):
+    """Stores the BITS bits that trees, int32 [ROWS, B], have in a level counted from 0."""
+    at = slice_ptr + FIELDS[LEVEL] + first_row * (words.shape[1] * BITS) // 8
+    streams.store_stream(at, tree.to_memory(words, ORDER), BITS)
 
 
 @triton.jit

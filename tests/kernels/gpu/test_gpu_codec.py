@@ -104,9 +104,9 @@ def test_kernels_code_as_plain_torch(text: str, shape: BlockShape) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-def test_kernels_code_other_dtypes_as_plain_torch(dtype: torch.dtype) -> None:
-    for text in PROFILES[:4] + ARCS + ROTATED:
-        check(text, BlockShape(128, 2, 128, 64, "half", 128), dtype)
+@pytest.mark.parametrize("text", PROFILES[:4] + ARCS + ROTATED)
+def test_kernels_code_other_dtypes_as_plain_torch(text: str, dtype: torch.dtype) -> None:
+    check(text, BlockShape(128, 2, 128, 64, "half", 128), dtype)
 
 
 @pytest.mark.parametrize(("radius_bits", "angle_bits"), BITS, ids=lambda bits: f"b{bits}")
