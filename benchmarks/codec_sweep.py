@@ -92,12 +92,13 @@ def run(candidate: Candidate, keys: Tensor, values: Tensor, packed: Tensor) -> N
     packed = packed_slices(packed, layout)
     flags = torch.zeros((2, slices), dtype=torch.int32, device="cuda")
     if candidate.side == "fused":
-        _run_fused(candidate, FusedPlan.of(profile, SHAPE, layout, candidate.launch[0], candidate.launch[2]),
-                   keys, values, packed, flags)  # fmt: skip
+        steps, _, pairs = candidate.launch
+        plan = FusedPlan.of(profile, SHAPE, layout, steps, pairs)
+        _run_fused(candidate, plan, keys, values, packed, flags)
         return
-    plan = Plan.of(profile, SHAPE, layout)
-    assert plan is not None
-    (side,) = (single for single in plan.singles if single.side == candidate.side)
+    singles = Plan.of(profile, SHAPE, layout)
+    assert singles is not None
+    (side,) = (single for single in singles.singles if single.side == candidate.side)
     rows, warps, stages, registers, programs = candidate.launch
     launch = side.encoder if candidate.encode else side.decoder
     items = SHAPE.tokens * SHAPE.kv_heads // rows
