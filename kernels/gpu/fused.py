@@ -20,6 +20,8 @@ _MAX_WARPS = 16
 # best of 1 to 8 steps and 80 to 168 registers (H200, 2026-11-24, pair r4t4 + int4, D 128).
 _STEPS = 4
 _ENCODE_REGISTERS = 96
+# Likewise of the decoder where a code lies in two words; else no limit is better.
+_DECODE_REGISTERS = 80
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,10 +116,13 @@ class FusedPlan:
         if num_slices == 0:
             return
         grid = (num_slices * (self.constants["KEY_PARTS"] + self.constants["VALUE_PARTS"]),)
+        key = self.constants["KEY"]
+        limited = self.num_warps == _STEPS and key is not None and key[0] + key[1] < 8
+        options = {"maxnreg": _DECODE_REGISTERS} if limited else {}
         decode_kernel[grid](
             packed, keys, values, slots, num_slices, packed.stride(0),
             *row_strides(keys), *row_strides(values),
-            **self.constants, num_warps=self.num_warps,
+            **self.constants, num_warps=self.num_warps, **options,
         )  # fmt: skip
 
 

@@ -27,7 +27,6 @@ from polarcache.kernels.profile import Profile
 
 _MAX_ROWS = 256
 _MAX_WARPS = 16
-_NUMBERS_PER_WARP = 2048
 # Numbers of a head's tokens that a program can hold, for keys whose means are taken off.
 _MAX_POLAR_NUMBERS = 32768
 _MAX_TREE_NUMBERS = 16384
@@ -50,24 +49,34 @@ class Tuning:
         programs: programs on each multiprocessor.
         stages: items whose loads are under way, the one at work included.
         registers: at most so many a thread; 0 for no limit.
+        numbers_per_warp: numbers of an item's rows that a warp codes.
     """
 
     rows: int
     programs: int
     stages: int = 1
     registers: int = 128
+    numbers_per_warp: int = 2048
 
 
-# Best of 64 and 128 rows, 1 to 4 programs, 1 to 3 stages, 128 registers or no limit (H200,
-# 2026-11-24, D 128); with 128 registers two programs of 8 warps share a multiprocessor.
-_VALUE_ENCODER = Tuning(rows=64, programs=2, stages=3, registers=0)
-_KEY_ENCODER = Tuning(rows=128, programs=2)
-_POLAR_DECODER = Tuning(rows=128, programs=2)
-_TREE_ENCODER = Tuning(rows=128, programs=2)
-_DEEP_ENCODER = Tuning(rows=64, programs=2, registers=0)
+# Best of 64 and 128 rows, 2048 and 4096 numbers a warp, 1 to 4 programs, 1 and 2 stages (values of
+# `polar` 3), 128 registers or no limit (H200, 2026-11-24, D 128, benchmarks/codec_sweep.py); with
+# 128 registers two programs of 8 warps share a multiprocessor. By side where that pays.
+_POLAR_ENCODER = {
+    "key": Tuning(rows=128, programs=2),
+    "value": Tuning(rows=64, programs=2, stages=3, registers=0),
+}
+_POLAR_DECODER = {
+    "key": Tuning(rows=64, programs=3, registers=0),
+    "value": Tuning(rows=64, programs=4, registers=0),
+}
+_TREE_ENCODER = {
+    "key": Tuning(rows=128, programs=2, registers=0),
+    "value": Tuning(rows=128, programs=2),
+}
+_DEEP_ENCODER = Tuning(rows=64, programs=2, stages=2, registers=0)
 _TREE_DECODER = Tuning(rows=64, programs=4)
-# Not tuned.
-_TIER = Tuning(rows=128, programs=2)
+_TIER = Tuning(rows=128, programs=2, registers=0, numbers_per_warp=4096)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +230,7 @@ def _launch(
     if rows < least_rows:
         return None
     warps = 1
-    while warps < _MAX_WARPS and warps * _NUMBERS_PER_WARP < rows * constants["D"]:
+    while warps < _MAX_WARPS and warps * tuning.numbers_per_warp < rows * constants["D"]:
         warps *= 2
     items = {"ITEMS": total // rows, "ROWS": rows, "STAGES": tuning.stages}
     return Launch(kernel, {**constants, **items}, tables, warps, tuning.programs, tuning.registers)
@@ -260,16 +269,17 @@ def _polar_launches(
     if is_key:
         encoder = _launch(
             polar_kernels.encode_keys, {**common, **pairing, **codes},
-            partial(key_mixing, codec, shape), shape, _KEY_ENCODER, shape.tokens, most,
+            partial(key_mixing, codec, shape), shape, _POLAR_ENCODER[side], shape.tokens, most,
         )  # fmt: skip
     else:
         encoder = _launch(
             polar_kernels.encode_values, {**common, **codes},
-            partial(value_mixing, codec, head_dim), shape, _VALUE_ENCODER, least, most,
+            partial(value_mixing, codec, head_dim), shape, _POLAR_ENCODER[side], least, most,
         )  # fmt: skip
     decoder = _launch(
         polar_kernels.decode_rows, {**common, **pairing, "KEY": is_key, "BITS": codec.bits},
-        partial(polar_decoder_tables, codec, head_dim, side), shape, _POLAR_DECODER, least, most,
+        partial(polar_decoder_tables, codec, head_dim, side), shape,
+        _POLAR_DECODER[side], least, most,
     )  # fmt: skip
     return encoder, decoder
 
@@ -339,7 +349,8 @@ def _tree_launches(
         tree_encode.encode_trees,
         {**common, "COSINES": tuple(cosines.flatten().tolist()), "TANGENTS": tuple(tangents)},
         partial(tree_encoder_tables, codec, head_dim, order), shape,
-        _DEEP_ENCODER if deep else _TREE_ENCODER, shape.tokens if centred else TILE_TOKENS, most,
+        _DEEP_ENCODER if deep else _TREE_ENCODER[side],
+        shape.tokens if centred else TILE_TOKENS, most,
     )  # fmt: skip
     decoder = _launch(
         tree_decode.decode_trees, common,
