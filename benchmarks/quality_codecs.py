@@ -55,27 +55,29 @@ OURS = {
         "k=pair:r4t4:arc2,v=exact",
         "k=pair:tiers8,v=exact",
         "k=polar,v=exact",
+        "k=polar:r3t5,v=exact",
         "k=recursive:deep,v=exact",
         "k=pair:r2t4:arc2,v=exact",
         "k=pair:tiers6,v=exact",
+        "k=polar:b6,v=exact",
         "k=polar:r2t4,v=exact",
     ],
     "values": [
         "k=exact,v=int4",
         "k=exact,v=int2",
         "k=exact,v=polar",
-        "k=exact,v=polar:r2t4",
-        "k=exact,v=polar:r1t3",
+        "k=exact,v=polar:b6",
+        "k=exact,v=polar:b4",
         "k=exact,v=recursive:deep",
     ],
     "both": [
         "k=pair:r4t4,v=int4",
         "k=pair:tiers8,v=polar",
         "k=polar,v=polar",
-        "k=polar,v=polar:r2t4",
+        "k=polar,v=polar:b6",
         "k=recursive:deep,v=recursive:deep",
-        "k=pair:tiers6,v=polar:r2t4",
-        "k=polar:r2t4,v=polar:r2t4",
+        "k=pair:tiers6,v=polar:b6",
+        "k=polar:b6,v=polar:b6",
     ],
 }
 CALIBRATED = {
@@ -83,10 +85,10 @@ CALIBRATED = {
         "k=pair:tiers8:cal,v=exact",
         "k=polar:cal,v=exact",
         "k=pair:tiers6:cal,v=exact",
-        "k=polar:r2t4:cal,v=exact",
+        "k=polar:b6:cal,v=exact",
     ],
     "values": [],
-    "both": ["k=polar:cal,v=polar", "k=polar:r2t4:cal,v=polar:r2t4"],
+    "both": ["k=polar:cal,v=polar", "k=polar:b6:cal,v=polar:b6"],
 }
 
 

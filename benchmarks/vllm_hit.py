@@ -41,7 +41,7 @@ sys.path.append(str(ROOT / "tests" / "client" / "vllm"))
 from engine_server import Answer, EngineServer, polarcache_transfer  # noqa: E402
 
 LENGTHS = (512, 1024, 2048, 4096)
-PROFILES = ("exact", "k=pair:r4t4,v=int4", "k=polar:r3t5,v=polar:r3t5")
+PROFILES = ("exact", "k=pair:r4t4,v=int4", "k=polar:b8,v=polar:b8")
 BLOCK_TOKENS = 128
 SETTLE_S = 60.0
 

@@ -43,7 +43,7 @@ __all__ = [
     "value_pair_order",
 ]
 
-LAYOUT_VERSION = 4
+LAYOUT_VERSION = 5
 ALIGNMENT_BYTES = 16
 # Tokens of a tile, and threads of a warp: rows and lanes of the tensor cores' m16n8k16 product.
 TILE_TOKENS = 16

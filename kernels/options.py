@@ -142,22 +142,28 @@ class Polar:
     """Mixed vectors as pairs of universal radii and phases, one gain a row.
 
     Attributes:
-        radius_bits: bits of a radius code, 1 to 4.
-        angle_bits: bits of an angle code, at least 1; together 3 to 8.
+        bits: bits of the code of one pair, 3 to 8.
+        radius_bits: 0 where the points are shared out among rings as the density asks for; 1 to 4,
+            less than `bits`, where 2**radius_bits rings have equally many.
         calibration: keys only: as in `ArcPair`; its energies balance pairs before the mixing.
 
     Raises:
         ProfileError: a value outside these ranges.
     """
 
-    radius_bits: int = 3
-    angle_bits: int = 5
+    bits: int = 8
+    radius_bits: int = 0
     calibration: str = ""
 
     def __post_init__(self) -> None:
         """Checks every attribute."""
-        Pair(self.radius_bits, self.angle_bits)
-        if self.radius_bits > MAX_POLAR_RADIUS_BITS:
+        if self.radius_bits:
+            Pair(self.radius_bits, self.angle_bits)
+        if not MIN_PAIR_BITS <= self.bits <= MAX_PAIR_BITS:
+            raise ProfileError(
+                f"polar:b{self.bits}: expected {MIN_PAIR_BITS} to {MAX_PAIR_BITS} bits"
+            )
+        if not 0 <= self.radius_bits <= MAX_POLAR_RADIUS_BITS:
             raise ProfileError(
                 f"polar:r{self.radius_bits}t{self.angle_bits}: expected r <= "
                 f"{MAX_POLAR_RADIUS_BITS}"
@@ -165,13 +171,14 @@ class Polar:
         _calibration_text(self.calibration)
 
     @property
-    def bits(self) -> int:
-        """Bits of the packed code of one pair."""
-        return self.radius_bits + self.angle_bits
+    def angle_bits(self) -> int:
+        """Bits of a phase where all rings have equally many."""
+        return self.bits - self.radius_bits
 
     def __str__(self) -> str:
         """Returns the canonical text."""
-        return f"polar:r{self.radius_bits}t{self.angle_bits}{_calibration_text(self.calibration)}"
+        bits = f"r{self.radius_bits}t{self.angle_bits}" if self.radius_bits else f"b{self.bits}"
+        return f"polar:{bits}{_calibration_text(self.calibration)}"
 
 
 @dataclass(frozen=True, slots=True)

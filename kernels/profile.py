@@ -6,7 +6,7 @@
     exact     = "exact"                       ("fp16" and "bf16" are read as "exact")
     pair      = "pair" [":r" bits "t" bits] [":minmax" | ":arc" | ":arc2"] [":g" tokens]
     tiers     = "pair:tiers" bits [":g" tokens] [cal]
-    polar     = "polar" [":r" bits "t" bits]
+    polar     = "polar" [":b" bits | ":r" bits "t" bits]
     recursive = "recursive" [":deep" | ":log8"] [":kmeans"] [":seed" number]
     cal       = ":cal" 8 hex digits           (first digits of a calibration's digest)
 
@@ -49,10 +49,10 @@ _RECURSIVE = "recursive[:deep|:log8][:kmeans][:seed<N>]"
 _ALLOWED = {
     "k": (
         "exact, pair[:r<r>t<t>][:minmax|:arc|:arc2][:g32|g64|g128|g256], "
-        "pair:tiers<5-8>[:g32|g64|g128|g256][:cal<hex8>], polar[:r<r>t<t>][:cal<hex8>], "
+        "pair:tiers<5-8>[:g32|g64|g128|g256][:cal<hex8>], polar[:b<3-8>|:r<r>t<t>][:cal<hex8>], "
         f"{_RECURSIVE}"
     ),
-    "v": f"exact, int4[:g<channels>], int2[:g<channels>], polar[:r<r>t<t>], {_RECURSIVE}",
+    "v": f"exact, int4[:g<channels>], int2[:g<channels>], polar[:b<3-8>|:r<r>t<t>], {_RECURSIVE}",
 }
 KEY_CODECS = ("exact", "pair", "polar", "recursive")
 VALUE_CODECS = ("exact", "int4", "int2", "polar", "recursive")
@@ -161,11 +161,14 @@ def _parse_pair(text: str, options: Sequence[str]) -> Pair | ArcPair:
 
 def _parse_polar(side: str, text: str, options: Sequence[str]) -> Polar:
     # Only keys meet queries, so only they have a calibration.
-    patterns = [_BITS, _CALIBRATION] if side == "k" else [_BITS]
-    bits, *calibration = _match_options(side, text, options, patterns)
-    radius_bits, angle_bits = (int(bits[1]), int(bits[2])) if bits else (3, 5)
+    patterns = [rf"b{_NUMBER}", _BITS, *([_CALIBRATION] if side == "k" else [])]
+    bits, split, *calibration = _match_options(side, text, options, patterns)
     digits = calibration[0][1] if calibration and calibration[0] else ""
-    return Polar(radius_bits, angle_bits, digits)
+    if split is None:
+        return Polar(int(bits[1]) if bits else 8, 0, digits)
+    if bits is not None or split[1] == "0":
+        raise _refusal(side, text)
+    return Polar(int(split[1]) + int(split[2]), int(split[1]), digits)
 
 
 def _parse_recursive(side: str, text: str, options: Sequence[str]) -> Recursive:

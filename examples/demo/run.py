@@ -37,8 +37,8 @@ PROFILES = [
     "exact",
     "k=pair:r4t4:minmax,v=int4",
     "k=pair:r4t4,v=int4",
-    "k=polar:r3t5,v=polar:r3t5",
-    "k=pair:tiers6,v=polar:r2t4",
+    "k=polar:b8,v=polar:b8",
+    "k=pair:tiers6,v=polar:b6",
     "k=recursive,v=recursive",
     "k=recursive:deep,v=recursive:deep",
 ]

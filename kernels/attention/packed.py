@@ -22,8 +22,9 @@ from polarcache.kernels.options import (
     Recursive,
     ValueCodec,
 )
-from polarcache.kernels.polar.codebook import centroids, rayleigh_points
+from polarcache.kernels.polar.codebook import centroids
 from polarcache.kernels.polar.pair import FP16_MAX
+from polarcache.kernels.polar.rings import rings
 from polarcache.kernels.polar.rotation import mixing, rotation
 
 __all__ = ["key_constants", "mix_matrix", "side_rotation", "side_table", "value_constants"]
@@ -92,7 +93,7 @@ def value_constants(codec: Codec) -> tuple[str, tuple[Any, ...]]:
     if isinstance(value, Polar):
         codes, gains = fields["value_codes"], fields["value_gains"]
         tiles = _unit_tiles(codes, TILE_TOKENS * channels // 2)
-        limit = FP16_MAX / rayleigh_points(value.radius_bits)[-1]
+        limit = FP16_MAX / rings(value).radii[-1]
         bits = (value.radius_bits, value.angle_bits)
         return "polar", (*bits, tiles, codes.offset, gains.offset, limit)
     return "tree", _tree_constants(codec, value, "value", channels)
@@ -127,7 +128,7 @@ def side_table(own: KeyCodec | ValueCodec, channels: int, device: torch.device) 
         device: where the table lies.
     """
     if isinstance(own, Polar):
-        return polar_table(own.radius_bits, own.angle_bits, device)
+        return polar_table(own, device)
     if isinstance(own, Recursive) and own.codebook == "analytic":
         return tree_table(own.level_bits(channels), device)
     return None
@@ -164,22 +165,18 @@ def tree_table(level_bits: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def polar_table(radius_bits: int, angle_bits: int, device: torch.device) -> Tensor:
+def polar_table(codec: Polar, device: torch.device) -> Tensor:
     """Returns what each code of the universal polar codec stands for, at gain 1.
 
     Args:
-        radius_bits: bits of a radius code.
-        angle_bits: bits of an angle code.
+        codec: bits.
         device: where the table lies.
 
     Returns:
-        int32 [2**(radius_bits + angle_bits)]: two fp16 numbers, the first in the low half.
+        int32 [2**bits]: two fp16 numbers, the first in the low half.
     """
-    points = torch.tensor(rayleigh_points(radius_bits), dtype=torch.float64).unsqueeze(1)
-    steps = 1 << angle_bits
-    phase = (torch.arange(steps, dtype=torch.float64) + 0.5) * (2 * math.pi / steps)
-    both = torch.stack((points * phase.cos(), points * phase.sin()), -1).half()
-    words: Tensor = both.view(-1, 2).view(torch.int32).flatten()
+    both = torch.from_numpy(rings(codec).points()).half()
+    words: Tensor = both.contiguous().view(torch.int32).flatten()
     return words.to(device)
 
 

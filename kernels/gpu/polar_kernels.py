@@ -18,7 +18,8 @@ def encode_values(
     out_ptr,
     flags_ptr,
     matrix_ptr,
-    radius_ptr,
+    radii_ptr,
+    counts_ptr,
     num_slices,
     stride_n,
     stride_t,
@@ -28,9 +29,10 @@ def encode_values(
     D: tl.constexpr,
     ITEMS: tl.constexpr,
     ROWS: tl.constexpr,
-    R_BITS: tl.constexpr,
-    T_BITS: tl.constexpr,
+    BITS: tl.constexpr,
+    RING_BITS: tl.constexpr,
     BOUNDS: tl.constexpr,
+    FEWEST: tl.constexpr,
     TILES: tl.constexpr,
     FIELDS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -43,14 +45,15 @@ def encode_values(
     Reads: x fp16, bf16 or fp32 [N, T, H, D], last dim contiguous; or, where slots_ptr int64 [N, T]
     names the rows, [rows, H, D]. matrix fp16 [PARTS, K, K], K the power of two
     not below D, columns the first channels of mixed pairs, then the second. radii fp32
-    [2**R_BITS], radii of codes.
+    and counts int32, both [2**RING_BITS]: the rings, as universal takes them.
     Writes: codes and gains at bytes FIELDS of out uint8 [N, slice_bytes], every byte
     once; flags int32 [N], 1 where a gain does not fit fp16.
     Reference: kernels/polar/universal.py.
     """
     K: tl.constexpr = triton.next_power_of_2(D)
     high, low = rotate.load_matrices(matrix_ptr, K, K, PARTS)
-    points = rotate.load_table(radius_ptr, 1 << R_BITS)
+    radii = rotate.load_table(radii_ptr, 1 << RING_BITS)
+    counts = rotate.load_table(counts_ptr, 1 << RING_BITS)
     channel = tl.arange(0, K)
     turns = rotate.turns(num_slices * ITEMS)
     for turn in tl.range(0, turns, num_stages=STAGES):
@@ -66,14 +69,12 @@ def encode_values(
         first, second = rotate.halves(mixed)
         known = (tl.arange(0, K // 2) < D // 2)[None, :]
         codes, gains = universal.encode_pairs_of_rows(
-            first, second, known, points, D, R_BITS, T_BITS, BOUNDS, K != D
+            first, second, known, radii, counts, D, RING_BITS, BOUNDS, FEWEST, K != D
         )
         slice_ptr = out_ptr + slice_index * stride_out_n
         first_row = item % ITEMS * ROWS
-        codes_ptr = slice_ptr + FIELDS[0] + first_row * (D // 16 * (R_BITS + T_BITS))
-        universal.store_value_codes(
-            codes_ptr.to(tl.pointer_type(tl.int32)), codes, D, R_BITS + T_BITS, TILES
-        )
+        codes_ptr = slice_ptr + FIELDS[0] + first_row * (D // 16 * BITS)
+        universal.store_value_codes(codes_ptr.to(tl.pointer_type(tl.int32)), codes, D, BITS, TILES)
         gains = (gains * (inverse * SCALE)).to(tl.float16)
         at = (slice_ptr + FIELDS[1]).to(tl.pointer_type(tl.float16)) + row[:, None]
         tl.store(at, gains)
@@ -88,7 +89,8 @@ def encode_keys(
     out_ptr,
     flags_ptr,
     matrix_ptr,
-    radius_ptr,
+    radii_ptr,
+    counts_ptr,
     num_slices,
     stride_n,
     stride_t,
@@ -100,9 +102,10 @@ def encode_keys(
     INTERLEAVED: tl.constexpr,
     ITEMS: tl.constexpr,
     ROWS: tl.constexpr,
-    R_BITS: tl.constexpr,
-    T_BITS: tl.constexpr,
+    BITS: tl.constexpr,
+    RING_BITS: tl.constexpr,
     BOUNDS: tl.constexpr,
+    FEWEST: tl.constexpr,
     TILES: tl.constexpr,
     FIELDS: tl.constexpr,
     PARTS: tl.constexpr,
@@ -112,7 +115,7 @@ def encode_keys(
     """Encodes keys.
 
     Grid: any number of programs; an item is one head of one slice, T a power of two.
-    Reads: x and radii as encode_values; matrix fp16 [2, PARTS, P, 2 P], for the first channels of
+    Reads: x and rings as encode_values; matrix fp16 [2, PARTS, P, 2 P], for the first channels of
     pairs and for the second; query fp32 [N, H, D / 2], energies of queries, or None.
     Writes: the fields at bytes FIELDS: means, scales, balance, codes, gains.
     Reference: kernels/polar/centre.py, kernels/polar/universal.py.
@@ -120,7 +123,8 @@ def encode_keys(
     P: tl.constexpr = triton.next_power_of_2(D // 2)
     matrix_1, low_1 = rotate.load_matrices(matrix_ptr, P, 2 * P, PARTS)
     matrix_2, low_2 = rotate.load_matrices(matrix_ptr + PARTS * P * 2 * P, P, 2 * P, PARTS)
-    points = rotate.load_table(radius_ptr, 1 << R_BITS)
+    radii = rotate.load_table(radii_ptr, 1 << RING_BITS)
+    counts = rotate.load_table(counts_ptr, 1 << RING_BITS)
     pair = tl.arange(0, P)
     known = (pair < D // 2)[None, :]
     real = pair
@@ -167,12 +171,10 @@ def encode_keys(
         mixed = rotate.add_product(mixed, high_2, rest_2, matrix_2, low_2, True, PARTS)
         first, second = rotate.halves(mixed)
         codes, gains = universal.encode_pairs_of_rows(
-            first, second, known, points, D, R_BITS, T_BITS, BOUNDS, 2 * P != D
+            first, second, known, radii, counts, D, RING_BITS, BOUNDS, FEWEST, 2 * P != D
         )
-        codes_ptr = slice_ptr + FIELDS[3] + head * (T * D // 16 * (R_BITS + T_BITS))
-        universal.store_key_codes(
-            codes_ptr.to(tl.pointer_type(tl.int32)), codes, D, R_BITS + T_BITS, TILES
-        )
+        codes_ptr = slice_ptr + FIELDS[3] + head * (T * D // 16 * BITS)
+        universal.store_key_codes(codes_ptr.to(tl.pointer_type(tl.int32)), codes, D, BITS, TILES)
         gains = gains * (inverse * SCALE)
         most = centre.largest(gains, 0).to(tl.float16)
         tl.store(scales_ptr + 1 + one, most)

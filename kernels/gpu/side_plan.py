@@ -16,15 +16,19 @@ from polarcache.kernels.gpu.tables import (
     key_mixing,
     level_cosines,
     polar_decoder_tables,
+    ring_bits,
     tree_decoder_tables,
     tree_encoder_tables,
     value_mixing,
 )
 from polarcache.kernels.layout import TILE_TOKENS, BlockShape, Field, PackedLayout
 from polarcache.kernels.options import ArcPair, Polar, Recursive
-from polarcache.kernels.polar.codebook import centroids, rayleigh_points
+from polarcache.kernels.polar.codebook import centroids
+from polarcache.kernels.polar.rings import rings
 from polarcache.kernels.profile import Profile
 
+# A square of radii above that of any row.
+_BEYOND = 1e30
 _MAX_ROWS = 256
 _MAX_WARPS = 16
 # Numbers of a head's tokens that a program can hold, for keys whose means are taken off.
@@ -246,7 +250,10 @@ def _polar_launches(
         return None, None
     if is_key and not _whole_heads(shape, _MAX_POLAR_NUMBERS):
         return None, None
-    points = rayleigh_points(codec.radius_bits)
+    book = rings(codec)
+    width = ring_bits(book)
+    bounds = [bound**2 for bound in book.bounds]
+    bounds += [_BEYOND] * ((1 << width) - 1 - len(bounds))
     whole = head_dim & (head_dim - 1) == 0
     tiles = order.stream_codes // (head_dim // 16)
     names = ("means", "scales", "balance", "codes", "gains") if is_key else ("codes", "gains")
@@ -260,9 +267,10 @@ def _polar_launches(
     }
     pairing = {"ROTARY": shape.rotary_dim, "INTERLEAVED": shape.pairing == "interleaved"}
     codes = {
-        "R_BITS": codec.radius_bits,
-        "T_BITS": codec.angle_bits,
-        "BOUNDS": tuple(((low + high) / 2) ** 2 for low, high in pairwise(points)),
+        "BITS": codec.bits,
+        "RING_BITS": width,
+        "BOUNDS": tuple(bounds),
+        "FEWEST": min(n for n, radius in zip(book.counts, book.radii, strict=True) if radius > 0),
     }
     least = TILE_TOKENS * tiles
     most = shape.tokens if is_key else _MAX_ROWS

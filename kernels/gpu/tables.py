@@ -11,7 +11,8 @@ from torch import Tensor
 from polarcache.kernels.gpu.tree import ENTRIES
 from polarcache.kernels.layout import BlockShape
 from polarcache.kernels.options import Polar, Recursive
-from polarcache.kernels.polar.codebook import centroids, rayleigh_points
+from polarcache.kernels.polar.codebook import centroids
+from polarcache.kernels.polar.rings import Rings, rings
 from polarcache.kernels.polar.rotation import mixing, rotation
 
 MATRIX_SCALE = 256
@@ -46,20 +47,30 @@ def _mixing_parts(head_dim: int) -> _Floats:
     return _parts(matrix, torch.device("cpu")).numpy().astype(np.float64)
 
 
-def _points(codec: Polar, device: torch.device) -> Tensor:
-    """Returns the radii of codes, fp32 [2**radius_bits], in units of the RMS channel."""
-    return torch.tensor(rayleigh_points(codec.radius_bits), dtype=torch.float32, device=device)
+def _rings(codec: Polar, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Returns radii, fp32 [2**ring_bits], and first codes | points << 16 of rings, int32."""
+    book = rings(codec)
+    counts = [first | count << 16 for first, count in zip(book.firsts, book.counts, strict=True)]
+    # What is past the last ring is never looked up.
+    more = (1 << ring_bits(book)) - len(counts)
+    radii = torch.tensor((*book.radii, *(0.0,) * more), dtype=torch.float32, device=device)
+    return radii, torch.tensor((*counts, *(1 << 16,) * more), dtype=torch.int32, device=device)
+
+
+def ring_bits(book: Rings) -> int:
+    """Returns bits that number the rings, at least 1."""
+    return max(1, (len(book.counts) - 1).bit_length())
 
 
 @lru_cache(maxsize=16)
 def value_mixing(codec: Polar, head_dim: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Returns what mixes values, fp16 [PARTS, K, K] padded with zeros, and radii of codes."""
+    """Returns what mixes values, fp16 [PARTS, K, K] padded with zeros, and the rings."""
     pairs = _pair_columns(head_dim, "value")
     columns = np.concatenate((pairs, pairs + head_dim // 2))
     parts = _mixing_parts(head_dim)
     padded = np.zeros((len(parts), len(columns), len(columns)))
     padded[:, :head_dim] = parts[:, columns].swapaxes(1, 2)
-    return torch.from_numpy(padded).to(device, torch.float16), _points(codec, device)
+    return torch.from_numpy(padded).to(device, torch.float16), *_rings(codec, device)
 
 
 @lru_cache(maxsize=16)
@@ -75,7 +86,7 @@ def key_mixing(codec: Polar, shape: BlockShape, device: torch.device) -> tuple[T
         for index, of_side in enumerate((first, second)):
             mixed = parts[:, columns][:, :, channels[of_side]].swapaxes(1, 2)
             padded[index, :, of_pairs] = mixed
-    return torch.from_numpy(padded).to(device, torch.float16), _points(codec, device)
+    return torch.from_numpy(padded).to(device, torch.float16), *_rings(codec, device)
 
 
 @lru_cache(maxsize=16)
@@ -95,13 +106,10 @@ def polar_decoder_tables(
 
 def _channels_of_codes(codec: Polar) -> Tensor:
     """Returns both channels of every code, int32 [2, 256]: halves nearest to them, and the rest."""
-    code = np.arange(1 << codec.bits)
-    phases = (code % (1 << codec.angle_bits) + 0.5) * (2 * np.pi / (1 << codec.angle_bits))
-    radii = np.array(rayleigh_points(codec.radius_bits))[code >> codec.angle_bits]
-    pairs = np.stack((radii * np.cos(phases), radii * np.sin(phases)), -1)
+    pairs = rings(codec).points()
     high = pairs.astype(np.float16)
     halves = np.zeros((2, 256, 2), np.float16)
-    halves[:, : len(code)] = np.stack((high, (pairs - high).astype(np.float16)))
+    halves[:, : len(pairs)] = np.stack((high, (pairs - high).astype(np.float16)))
     return torch.from_numpy(halves.view(np.int32)[..., 0].copy())
 
 

@@ -19,13 +19,13 @@ _NOTHING = tl.constexpr(1e-34)
 
 
 @triton.jit
-def _cosine(turn, T_BITS: tl.constexpr):
-    """Returns the cosine, within 1e-7, of half a step of angle codes at most: its Taylor series."""
+def _cosine(turn, FEWEST: tl.constexpr):
+    """Returns the cosine, within 1e-7, of at most half a step of FEWEST phases: Taylor series."""
     w = turn * turn
     q = w * (-1.0 / 720) + 1.0 / 24
-    if T_BITS < 4:
+    if FEWEST < 16:
         higher = w * (1.0 / 479001600) - 1.0 / 3628800
-        if T_BITS < 2:
+        if FEWEST < 3:
             higher -= w * w * (1.0 / 87178291200)
         q += w * w * (higher * w + 1.0 / 40320)
     return (q * w - 0.5) * w + 1.0
@@ -36,11 +36,12 @@ def encode_pairs_of_rows(
     first,
     second,
     known,
-    points,
+    radii,
+    counts,
     D: tl.constexpr,
-    R_BITS: tl.constexpr,
-    T_BITS: tl.constexpr,
+    RING_BITS: tl.constexpr,
     BOUNDS: tl.constexpr,
+    FEWEST: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Codes mixed rows.
@@ -49,11 +50,12 @@ def encode_pairs_of_rows(
         first: fp32 [M, P], the first channel of each pair.
         second: likewise the second.
         known: pairs that there are, bool [1, P]; read with MASKED.
-        points: radii of the codes, fp32 [2**R_BITS].
+        radii: radii of the rings, fp32 [2**RING_BITS].
+        counts: of each ring, code of its first point | points << 16, int32 [2**RING_BITS].
         D: channels of a row.
-        R_BITS: bits of a radius code.
-        T_BITS: bits of an angle code.
-        BOUNDS: squares of the radii between points, in units of the RMS channel.
+        RING_BITS: bits of a ring's number.
+        BOUNDS: squares of the radii between rings, in units of the RMS channel.
+        FEWEST: points of the smallest ring whose radius is not 0.
         MASKED: whether there are columns without pairs.
 
     Returns:
@@ -66,18 +68,20 @@ def encode_pairs_of_rows(
         summed = tl.where(known, square, 0.0)
     norm = tl.sum(summed, 1, keep_dims=True)
     # A row of zeros is below every bound.
-    radius_code = bisected(square, tl.maximum(norm * (1.0 / D), _NOTHING), BOUNDS, 0, R_BITS)
+    ring = bisected(square, tl.maximum(norm * (1.0 / D), _NOTHING), BOUNDS, 0, RING_BITS)
+    found = look_up(counts, ring)
+    count = (found >> 16).to(tl.float32)
     # Rounding half a step lower is the floor; whole numbers need a nudge.
-    steps = angle * ((1 << T_BITS) / TAU) + ((1 << (T_BITS - 1)) - HALF)
-    place = tl.clamp(steps + ROUNDER, ROUNDER, ROUNDER + ((1 << T_BITS) - 1))
-    turn = (steps - (place - ROUNDER)) * (TAU / (1 << T_BITS))
-    part = radius * look_up(points, radius_code) * _cosine(turn, T_BITS)
+    steps = angle * (count * (1 / TAU)) + (count * 0.5 - HALF)
+    place = tl.minimum(tl.maximum(steps + ROUNDER, ROUNDER), (count - 1) + ROUNDER)
+    turn = (steps - (place - ROUNDER)) * (TAU / count)
+    part = radius * look_up(radii, ring) * _cosine(turn, FEWEST)
     if MASKED:
         part = tl.where(known, part, 0.0)
     total = tl.sum(part, 1, keep_dims=True)
     # NaN is not below anything, so it stays.
     gains = tl.where(norm <= _NOTHING, 0.0, norm / total)
-    codes = (radius_code << T_BITS) + (place.to(tl.int32, bitcast=True) - ROUNDER_BITS)
+    codes = (found & 0xFFFF) + (place.to(tl.int32, bitcast=True) - ROUNDER_BITS)
     return codes, gains
 
 

@@ -16,7 +16,6 @@ Floats = npt.NDArray[np.float64]
 
 _STEPS = 1 << 15
 _MAX_ITERATIONS = 2000
-_LARGEST_RADIUS = 12.0
 
 
 def span(level: int) -> float:
@@ -71,32 +70,6 @@ def expected_distortion(level: int, bits: int | None = None) -> float:
         np.diff(np.interp(bounds, edges, cumulative)) for cumulative in (mass, moment, square)
     )
     return float((cell_square - 2 * points * cell_moment + points**2 * cell_mass).sum() / mass[-1])
-
-
-@lru_cache(maxsize=8)
-def rayleigh_points(bits: int) -> tuple[float, ...]:
-    """Returns the Lloyd-Max radii of two Gaussian channels of variance 1, in rising order.
-
-    Args:
-        bits: 1 to 4.
-
-    Returns:
-        2**bits radii; the density is r exp(-r^2 / 2).
-    """
-    edges = np.linspace(0, _LARGEST_RADIUS, _STEPS + 1)
-    # Antiderivatives of the density and of r times the density.
-    tail = np.exp(-(edges**2) / 2)
-    steps = np.diff(edges) * (tail[1:] + tail[:-1]) / 2
-    mass, moment = 1 - tail, np.concatenate(([0.0], np.cumsum(steps))) - edges * tail
-    points = (np.arange(1 << bits) + 0.5) * (4 / (1 << bits))
-    for _ in range(_MAX_ITERATIONS):
-        bounds = np.concatenate(([0.0], (points[1:] + points[:-1]) / 2, [_LARGEST_RADIUS]))
-        moved = np.diff(np.interp(bounds, edges, moment)) / np.diff(np.interp(bounds, edges, mass))
-        change = np.abs(moved - points).max()
-        points = moved
-        if change < 1e-14:
-            break
-    return tuple(float(point) for point in points)
 
 
 def _moments(level: int) -> tuple[Floats, Floats, Floats, Floats]:

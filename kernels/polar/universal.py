@@ -1,17 +1,18 @@
 """Universal polar codec: mixed vectors as pairs of universal radii and phases, one gain a row.
 
 Mixing makes the channels of a row nearly Gaussian, so a pair's radius has a Rayleigh density and
-its angle is uniform: one codebook serves every model, and a row needs only its gain. Ours, from
-arXiv 2502.02617 and 2504.19874. Math: README.md, section 3.
+its angle is uniform: one codebook of rings serves every model, and a row needs only its gain. Ours,
+from arXiv 2502.02617 and 2504.19874. Math: README.md, section 3.
 """
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from polarcache.kernels.options import Polar
-from polarcache.kernels.polar.codebook import rayleigh_points
+from polarcache.kernels.polar.rings import rings
 from polarcache.kernels.polar.rotation import mixing, rotated
 from polarcache.kernels.values import store
 
@@ -26,7 +27,7 @@ def encode(x: Tensor, codec: Polar) -> tuple[Tensor, Tensor]:
         codec: bits.
 
     Returns:
-        codes: uint8 [N, T, H, D/2], radius code << angle_bits | angle code.
+        codes: uint8 [N, T, H, D/2]: points before the pair's ring, and its phase there.
         gains: fp32 [N, T, H], not negative; not finite where an element is NaN or infinite.
 
     Precision: fp32. Leave `torch.backends.cuda.matmul.allow_tf32` off, as it is by default.
@@ -39,17 +40,17 @@ def encode(x: Tensor, codec: Polar) -> tuple[Tensor, Tensor]:
     rms = (norm / head_dim).sqrt_()
     unit = torch.where(rms > 0, rms, math.inf).unsqueeze(-1)
     radius = torch.mul(first, first).addcmul_(second, second).sqrt_().div_(unit)
-    points = _points(codec, x.device)
-    radius_codes = torch.bucketize(radius, (points[1:] + points[:-1]) / 2)
-    steps = 1 << codec.angle_bits
-    angle = torch.atan2(second, first).mul_(steps / _TAU).floor_()
-    angle_codes = angle.to(torch.int32) & (steps - 1)
-    phase = angle_codes.float().add_(0.5).mul_(_TAU / steps)
-    decoded = points[radius_codes]
-    product = ((first * phase.cos() + second * phase.sin()) * decoded).sum(-1)
+    book = rings(codec)
+    ring = torch.bucketize(radius, torch.tensor(book.bounds, device=x.device))
+    counts, firsts = (torch.tensor(n, device=x.device)[ring] for n in (book.counts, book.firsts))
+    steps = torch.atan2(second, first).mul_(counts * (1 / _TAU)).floor_().to(torch.int32)
+    # Angles are in [-pi, pi]. A row with NaN, which is refused, must not name points there are not.
+    steps = torch.where(steps < 0, steps + counts, steps)
+    codes = torch.minimum(steps.clamp_(min=0), counts - 1).add_(firsts)
+    x_points, y_points = _points(codec, x.device)
+    product = (first * x_points[codes]).addcmul_(second, y_points[codes]).sum(-1)
     # <row, decoded row> = <row, row>: attention scores keep their size on average.
     gains = torch.where(norm > 0, norm / product, norm)
-    codes = (radius_codes.to(torch.int32) << codec.angle_bits) | angle_codes
     return codes.to(torch.uint8), gains
 
 
@@ -64,14 +65,13 @@ def decode(codes: Tensor, gains: Tensor, codec: Polar, out: Tensor) -> None:
 
     Precision: fp32, rounded once to the dtype of `out`; fp16 saturates.
     """
-    steps = 1 << codec.angle_bits
-    phase = (codes & (steps - 1)).float().add_(0.5).mul_(_TAU / steps)
-    radius = _points(codec, out.device)[(codes >> codec.angle_bits).to(torch.int32)]
-    radius.mul_(gains.float().unsqueeze(-1))
-    mixed = torch.cat((phase.cos().mul_(radius), phase.sin_().mul_(radius)), -1)
+    chosen = codes.to(torch.int32)
+    mixed = torch.cat([points[chosen] for points in _points(codec, out.device)], -1)
+    mixed.mul_(gains.float().unsqueeze(-1))
     store(rotated(mixed, mixing(out.shape[-1], out.device)), out)
 
 
+@lru_cache(maxsize=32)
 def _points(codec: Polar, device: torch.device) -> Tensor:
-    """Returns radii in units of the RMS channel, fp32 [2**radius_bits]."""
-    return torch.tensor(rayleigh_points(codec.radius_bits), dtype=torch.float32, device=device)
+    """Returns both channels of every code in units of the RMS channel, fp32 [2, 2**bits]."""
+    return torch.from_numpy(rings(codec).points().T.copy()).float().to(device)

@@ -86,7 +86,7 @@ def stored(client: Client, spec: NamespaceSpec, make_layers: Any) -> Callable[..
         ("exact", "float32", EXACT_TOLERANCE),
         ("exact", "float16", EXACT_TOLERANCE),
         ("k=pair:r4t4,v=int4", "float16", CODED_TOLERANCE),
-        ("k=polar:r3t5,v=polar:r3t5", "float16", CODED_TOLERANCE),
+        ("k=polar:b8,v=polar:b8", "float16", CODED_TOLERANCE),
     ],
     ids=["exact-fp32", "exact-fp16", "pair", "polar"],
 )

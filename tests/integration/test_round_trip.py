@@ -25,8 +25,8 @@ PROFILES = [
     "k=recursive,v=recursive",
     "k=exact,v=int4",
     "k=pair:r4t4,v=exact",
-    "k=pair:tiers7,v=polar:r3t5",
-    "k=polar:r2t4,v=polar:r2t4",
+    "k=pair:tiers7,v=polar:b8",
+    "k=polar:b6,v=polar:b6",
 ]
 
 

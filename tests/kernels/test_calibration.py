@@ -74,7 +74,7 @@ def test_energies_that_are_not_positive_are_refused() -> None:
             Calibration(query, "half", 16)
 
 
-@pytest.mark.parametrize("key", ["pair:tiers6", "polar:r2t4"])
+@pytest.mark.parametrize("key", ["pair:tiers6", "polar:b6"])
 def test_a_calibrated_slice_decodes_without_its_calibration(key: str) -> None:
     calibration = calibration_of()
     plain = Codec(Profile.parse(f"k={key},v=exact"), SHAPE, torch.float16)

@@ -19,7 +19,7 @@ PROFILES = [
     "k=exact,v=int4:g16",
     "k=pair:tiers7:g32,v=polar",
     "k=pair:r2t4:arc2:g32,v=exact",
-    "k=polar:r2t4,v=polar:r1t3",
+    "k=polar:b6,v=polar:b4",
     "k=recursive:deep,v=recursive:deep",
     "k=recursive:log8,v=recursive:log8:kmeans",
 ]
@@ -88,10 +88,10 @@ def test_pair_channels_cover_the_head_exactly_once(shape: BlockShape) -> None:
         ("k=recursive:kmeans,v=int4", 64, 3.875 + 28 * 16 / (128 * 8 * 64), 4.5),
         ("k=exact,v=int4", 80, 16.0, 4.4),
         ("k=pair:r4t4:arc2,v=polar", 128, 4.1875, 4.125),
-        ("k=pair:tiers8,v=polar:r2t4", 128, 4.21875, 3.125),
-        ("k=pair:tiers6,v=polar:r1t3", 64, 3.21875, 2.25),
+        ("k=pair:tiers8,v=polar:b6", 128, 4.21875, 3.125),
+        ("k=pair:tiers6,v=polar:b4", 64, 3.21875, 2.25),
         ("k=polar,v=polar", 128, 4 + 20 / 128 + 32 / 128**2, 4.125),
-        ("k=polar:r2t4,v=polar", 64, 3 + 8 / 64 + 12 / 128 + 32 / (64 * 128), 4.25),
+        ("k=polar:b6,v=polar", 64, 3 + 8 / 64 + 12 / 128 + 32 / (64 * 128), 4.25),
         ("k=recursive:deep,v=recursive:deep", 128, 245 / 64 + 8 / 128 + 16 / 128**2, 245 / 64),
         ("k=recursive:deep,v=recursive:deep", 96, 125 / 32 + 8 / 128 + 16 / (96 * 128), 125 / 32),
         ("k=recursive:log8,v=recursive:log8", 80, 3.375, 3.375),
@@ -167,8 +167,8 @@ def bit_positions(
         ("k=pair:r2t1,v=int4", 3),
         ("k=pair:r3t3,v=int4", 6),
         ("k=pair:r4t4,v=int2:g16", 8),
-        ("k=pair:r3t4:arc2,v=polar:r2t4", 7),
-        ("k=polar:r3t5,v=polar:r1t3", 8),
+        ("k=pair:r3t4:arc2,v=polar:b6", 7),
+        ("k=polar:b8,v=polar:b4", 8),
     ],
 )
 def test_codes_lie_in_tensor_core_order(text: str, bits: int, dim: int) -> None:

@@ -23,7 +23,7 @@ TINY_LM = Path(__file__).parents[3] / "examples" / "tiny_lm"
 CACHES = [StoredPrefixCache, RemotePrefixCache]
 # The sum over tokens is taken in another order than PyTorch's; logits are of order 10.
 LOGITS_TOLERANCE = 1e-3
-PROFILES = ["k=pair:r4t4:g32,v=int4", "k=polar:r3t5,v=polar:r3t5", "k=recursive,v=recursive"]
+PROFILES = ["k=pair:r4t4:g32,v=int4", "k=polar:b8,v=polar:b8", "k=recursive,v=recursive"]
 
 
 def logits_of(output: Any) -> torch.Tensor:

@@ -27,9 +27,9 @@ PROFILES = [
     ("k=recursive:deep,v=recursive:deep", BlockShape(32, 2, 64, 64, "half", 64)),
     ("k=recursive:log8,v=recursive:kmeans", BlockShape(24, 1, 64, 64, "half", 64)),
     ("k=pair:tiers8:g32,v=int4", HALF),
-    ("k=pair:tiers5:g32,v=polar:r2t4", BlockShape(64, 2, 80, 64, "half", 32)),
-    ("k=polar:r2t3,v=polar:r3t4", BlockShape(64, 1, 80, 96, "half", 32)),
-    ("k=polar:r1t3,v=int4", BlockShape(32, 1, 128, 64, "interleaved", 128)),
+    ("k=pair:tiers5:g32,v=polar:b6", BlockShape(64, 2, 80, 64, "half", 32)),
+    ("k=polar:b5,v=polar:b7", BlockShape(64, 1, 80, 96, "half", 32)),
+    ("k=polar:b4,v=int4", BlockShape(32, 1, 128, 64, "interleaved", 128)),
     ("k=exact,v=polar:r4t4", BlockShape(32, 1, 64, 128, "half", 64)),
 ]
 OPTIONS = [

@@ -22,8 +22,8 @@ PROFILES = [
     "k=pair:r3t4:arc2:g64,v=int2:g16",
     "k=exact,v=int4",
     "k=polar,v=polar",
-    "k=polar:r2t4,v=int4",
-    "k=pair:r4t4,v=polar:r2t3",
+    "k=polar:b6,v=int4",
+    "k=pair:r4t4,v=polar:b5",
     "k=pair:tiers6,v=recursive:kmeans",
     "k=recursive,v=recursive:log8",
     "k=recursive:deep,v=recursive:deep",
@@ -89,7 +89,7 @@ def check(
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(
     "text",
-    ["exact", "k=pair:r4t4:g64,v=int4", "k=pair:r3t3:arc2:g64,v=int2:g16", "k=polar,v=polar:r2t4"],
+    ["exact", "k=pair:r4t4:g64,v=int4", "k=pair:r3t3:arc2:g64,v=int2:g16", "k=polar,v=polar:b6"],
 )
 def test_shapes(text: str, shape: BlockShape) -> None:
     codec = codec_of(text, shape)

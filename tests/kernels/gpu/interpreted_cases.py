@@ -24,9 +24,9 @@ CASES = [
     ("k=pair:r4t4:arc2:g32,v=exact", BlockShape(64, 1, 64, 64, "half", 32)),
     ("k=pair:r3t5:arc2:g32,v=exact", BlockShape(32, 1, 64, 32, "interleaved", 32)),
     ("k=exact,v=int2:g16", BlockShape(32, 1, 32, 80, "half", 32)),
-    ("k=polar:r3t5,v=polar:r2t4", BlockShape(32, 1, 128, 128, "half", 128)),
-    ("k=polar:r2t4,v=polar:r1t3", BlockShape(128, 1, 96, 80, "half", 48)),
-    ("k=polar:r1t2,v=polar:r4t4", BlockShape(64, 2, 64, 64, "interleaved", 64)),
+    ("k=polar:b8,v=polar:b6", BlockShape(32, 1, 128, 128, "half", 128)),
+    ("k=polar:b6,v=polar:b4", BlockShape(128, 1, 96, 80, "half", 48)),
+    ("k=polar:b3,v=polar:r4t4", BlockShape(64, 2, 64, 64, "interleaved", 64)),
     ("k=pair:tiers6:g32,v=exact", BlockShape(64, 2, 128, 32, "half", 128)),
     ("k=pair:tiers7:g64,v=exact", BlockShape(64, 1, 64, 32, "interleaved", 32)),
     ("k=recursive,v=recursive", BlockShape(32, 1, 128, 128, "half", 128)),
@@ -122,7 +122,7 @@ def test_slots_name_the_rows_of_tokens(text: str) -> None:
 @pytest.mark.parametrize("number", [math.nan, math.inf, -65504.0])
 def test_polar_rows_that_are_refused_set_the_flag_of_their_side_and_slice(number: float) -> None:
     shape = BlockShape(64, 1, 64, 64, "half", 64)
-    codec = Codec(Profile.parse("k=polar:r2t4,v=polar:r2t4"), shape, torch.float32)
+    codec = Codec(Profile.parse("k=polar:b6,v=polar:b6"), shape, torch.float32)
     plan = Plan.of(codec.profile, shape, codec.layout)
     assert plan is not None
     for side in range(2):
@@ -137,7 +137,7 @@ def test_polar_rows_that_are_refused_set_the_flag_of_their_side_and_slice(number
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_rotated_rows_of_other_dtypes_keep_their_size(dtype: torch.dtype) -> None:
     shape = BlockShape(64, 1, 64, 64, "half", 64)
-    for text in ("k=polar:r2t4,v=polar:r3t5", "k=recursive:log8,v=recursive:log8"):
+    for text in ("k=polar:b6,v=polar:b8", "k=recursive:log8,v=recursive:log8"):
         codec = Codec(Profile.parse(text), shape, dtype)
         plan = Plan.of(codec.profile, shape, codec.layout)
         assert plan is not None
@@ -163,7 +163,7 @@ def test_rotated_rows_of_other_dtypes_keep_their_size(dtype: torch.dtype) -> Non
 
 def test_polar_keys_are_balanced_by_energies_of_queries() -> None:
     shape = BlockShape(64, 2, 64, 64, "half", 64)
-    codec = Codec(Profile.parse("k=polar:r2t4,v=exact"), shape, torch.float16)
+    codec = Codec(Profile.parse("k=polar:b6,v=exact"), shape, torch.float16)
     plan = Plan.of(codec.profile, shape, codec.layout)
     assert plan is not None
     keys, values = tensors(shape)

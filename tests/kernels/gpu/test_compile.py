@@ -23,10 +23,10 @@ CASES = [
     ("k=pair:r3t3:minmax:g32,v=int2", HALF, "bf16"),
     ("k=pair:r2t3:g64,v=int4:g16", BlockShape(128, 2, 80, 96, "interleaved", 80), "fp16"),
     ("k=pair:r3t4:arc2,v=int4", HALF, "fp16"),
-    ("k=recursive,v=polar:r3t5", HALF, "fp16"),
+    ("k=recursive,v=polar:b8", HALF, "fp16"),
     ("k=pair:tiers8,v=int4", HALF, "fp16"),
-    ("k=polar:r2t4,v=recursive:deep", BlockShape(64, 2, 64, 64, "half", 48), "bf16"),
-    ("k=recursive:deep,v=polar:r1t3", BlockShape(64, 2, 32, 96, "half", 32), "fp32"),
+    ("k=polar:b6,v=recursive:deep", BlockShape(64, 2, 64, 64, "half", 48), "bf16"),
+    ("k=recursive:deep,v=polar:b4", BlockShape(64, 2, 32, 96, "half", 32), "fp32"),
 ]
 POINTERS = {
     "out_ptr": "*u8",
@@ -34,7 +34,8 @@ POINTERS = {
     "flags_ptr": "*i32",
     "matrix_ptr": "*fp16",
     "cosines_ptr": "*fp32",
-    "radius_ptr": "*fp32",
+    "radii_ptr": "*fp32",
+    "counts_ptr": "*i32",
     "table_ptr": "*i32",
 }
 

@@ -34,8 +34,8 @@ ARCS = [
     "k=pair:tiers8:g64,v=int4",
 ]
 ROTATED = [
-    "k=polar:r3t5,v=polar:r2t4",
-    "k=polar:r2t4,v=polar:r3t5",
+    "k=polar:b8,v=polar:b6",
+    "k=polar:b6,v=polar:b8",
     "k=recursive,v=recursive:seed3",
     "k=recursive:log8,v=recursive:deep",
     "k=recursive:deep,v=recursive:log8",
@@ -117,12 +117,12 @@ def test_kernels_code_pairs_of_all_bits(radius_bits: int, angle_bits: int) -> No
     check(text, BlockShape(128, 2, dim, 64, "half", dim), torch.float16)
 
 
-@pytest.mark.parametrize(("radius_bits", "angle_bits"), BITS, ids=lambda bits: f"b{bits}")
-def test_kernels_code_polar_rows_of_all_bits(radius_bits: int, angle_bits: int) -> None:
-    if radius_bits > 4:
-        pytest.skip("polar has at most 4 bits of radius")
-    dim = (64, 96, 128)[angle_bits % 3]
-    text = f"k=polar:r{radius_bits}t{angle_bits},v=polar:r{radius_bits}t{angle_bits}"
+@pytest.mark.parametrize(
+    "bits", ["b3", "b4", "b5", "b6", "b7", "b8", "r3t5", "r2t4", "r1t2", "r4t1"]
+)
+def test_kernels_code_polar_rows_of_all_bits(bits: str) -> None:
+    dim = (64, 96, 128)[int(bits[-1]) % 3]
+    text = f"k=polar:{bits},v=polar:{bits}"
     check(text, BlockShape(128, 2, dim, dim, "half", dim), torch.float16)
 
 

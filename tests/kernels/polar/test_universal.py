@@ -1,21 +1,20 @@
 import math
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.integrate import quad
 from torch import Tensor
 
 from polarcache.kernels import BlockShape, Polar
 from polarcache.kernels.polar import centre, universal
-from polarcache.kernels.polar.codebook import rayleigh_points
+from polarcache.kernels.polar.rings import rings
 from polarcache.kernels.polar.rotation import mixing
 
 HEAD_DIMS = [16, 48, 64, 80, 96, 128, 256]
-BITS = [(3, 5), (2, 4), (1, 3), (4, 4), (1, 2)]
+CODECS = [Polar(bits) for bits in range(3, 9)]
+CODECS += [Polar(8, 3), Polar(6, 2), Polar(4, 1), Polar(3, 1)]
 
 
 def gaussian(*size: int, seed: int = 0) -> Tensor:
@@ -28,27 +27,6 @@ def round_trip(x: Tensor, codec: Polar) -> Tensor:
     return out
 
 
-def rayleigh(r: float) -> float:
-    return r * math.exp(-r * r / 2)
-
-
-@pytest.mark.parametrize("bits", [1, 2, 3, 4])
-def test_radii_are_the_means_of_their_cells(bits: int) -> None:
-    points = rayleigh_points(bits)
-    assert len(points) == 2**bits
-    bounds = [0.0, *((a + b) / 2 for a, b in pairwise(points)), 12.0]
-    for point, low, high in zip(points, bounds[:-1], bounds[1:], strict=True):
-        mass = quad(rayleigh, low, high)[0]
-        assert point == pytest.approx(
-            quad(lambda r: r * rayleigh(r), low, high)[0] / mass, abs=1e-6
-        )
-
-
-def test_radii_of_3_bits_have_the_known_digits() -> None:
-    known = (0.328611, 0.669692, 0.980477, 1.289819, 1.616563, 1.983522, 2.432928, 3.08638)
-    assert rayleigh_points(3) == pytest.approx(known, abs=1e-5)
-
-
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_mixing_is_orthogonal_and_spreads_a_single_channel(head_dim: int) -> None:
     matrix = mixing(head_dim, torch.device("cpu")).double()
@@ -58,43 +36,49 @@ def test_mixing_is_orthogonal_and_spreads_a_single_channel(head_dim: int) -> Non
     assert float(matrix.sum(1).abs().max()) < 0.8 * math.sqrt(head_dim)
 
 
-@pytest.mark.parametrize(("radius_bits", "angle_bits"), BITS)
-def test_gaussian_error_is_what_the_density_predicts(radius_bits: int, angle_bits: int) -> None:
-    points = rayleigh_points(radius_bits)
-    bounds = [0.0, *((a + b) / 2 for a, b in pairwise(points)), 12.0]
-    product = square = 0.0
-    half = math.pi / 2**angle_bits
-    for point, low, high in zip(points, bounds[:-1], bounds[1:], strict=True):
-        product += point * quad(lambda r: r * rayleigh(r), low, high)[0] * math.sin(half) / half
-        square += point**2 * quad(rayleigh, low, high)[0]
-    # E|u|^2 = 2 of a pair; the gain makes <u, decoded> = |u|^2.
-    gain = 2 / product
-    expected = math.sqrt((gain**2 * square - 2) / 2)
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_gaussian_error_is_what_the_density_predicts(codec: Polar) -> None:
+    # The gain makes <u, decoded> = <u, u>: the decoded row is longer by 1 / (1 - distortion).
+    distortion = rings(codec).distortion
+    expected = math.sqrt(distortion / (1 - distortion))
     x = gaussian(2, 128, 2, 256)
-    error = round_trip(x, Polar(radius_bits, angle_bits)) - x
+    error = round_trip(x, codec) - x
     assert float(error.norm() / x.norm()) == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.parametrize("codec", [Polar(8), Polar(6), Polar(8, 3)], ids=str)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_codes_are_the_stated_formula_in_fp64(head_dim: int) -> None:
-    x, codec = gaussian(1, 32, 2, head_dim), Polar(3, 5)
+def test_codes_are_the_stated_formula_in_fp64(head_dim: int, codec: Polar) -> None:
+    x = gaussian(1, 32, 2, head_dim)
     codes, gains = universal.encode(x, codec)
     mixed = x.double().numpy() @ mixing(head_dim, x.device).double().numpy().T
     half = head_dim // 2
     pair = mixed[..., :half] + 1j * mixed[..., half:]
     rms = np.sqrt((mixed**2).mean(-1, keepdims=True))
-    points = np.array(rayleigh_points(3))
-    radius = abs(abs(pair / rms)[..., None] - points).argmin(-1)
-    angle = np.floor(np.angle(pair) % math.tau / (math.tau / 32)).astype(int)
+    book = rings(codec)
+    ring = np.searchsorted(book.bounds, abs(pair / rms))
+    count = np.array(book.counts)[ring]
+    phase = np.floor(np.angle(pair) % math.tau / (math.tau / count)).astype(int)
     got = codes.numpy().astype(int)
-    assert ((got >> 5) == radius).mean() > 0.999
-    assert ((got & 31) == angle).mean() > 0.999
-    unit = points[got >> 5] * np.exp(1j * math.tau / 32 * ((got & 31) + 0.5))
+    assert (got == np.array(book.firsts)[ring] + phase).mean() > 0.999
+    got_ring = np.searchsorted(book.firsts, got, side="right") - 1
+    step = math.tau / np.array(book.counts)[got_ring]
+    turn = step * (got - np.array(book.firsts)[got_ring] + 0.5)
+    unit = np.array(book.radii)[got_ring] * np.exp(1j * turn)
     exact_gain = (abs(pair) ** 2).sum(-1) / (pair * unit.conj()).real.sum(-1)
     np.testing.assert_allclose(gains.double().numpy(), exact_gain, rtol=1e-5)
     decoded = round_trip(x, codec).double().numpy()
     product = (decoded * x.double().numpy()).sum(-1)
     np.testing.assert_allclose(product, (x.double().numpy() ** 2).sum(-1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=str)
+def test_rows_that_are_refused_name_points_that_there_are(codec: Polar) -> None:
+    x = gaussian(1, 4, 1, 64)
+    x[0, 1, 0, 3], x[0, 2, 0, 5] = math.nan, -math.inf
+    codes, gains = universal.encode(x, codec)
+    assert int(codes.max()) < 1 << codec.bits
+    assert gains.isfinite().flatten().tolist() == [True, False, False, True]
 
 
 @pytest.mark.parametrize("number", [0.0, 1.5, -3e4, 6e-8])
