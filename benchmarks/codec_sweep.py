@@ -38,10 +38,10 @@ SINGLES = (
     ("k=recursive,v=recursive", "value"),
     ("k=recursive:deep,v=recursive:deep", "key"),
     ("k=recursive:deep,v=recursive:deep", "value"),
-    ("k=polar:r3t5,v=polar:r3t5", "key"),
-    ("k=polar:r3t5,v=polar:r3t5", "value"),
-    ("k=polar:r2t4,v=polar:r2t4", "key"),
-    ("k=polar:r2t4,v=polar:r2t4", "value"),
+    ("k=polar:b8,v=polar:b8", "key"),
+    ("k=polar:b8,v=polar:b8", "value"),
+    ("k=polar:b6,v=polar:b6", "key"),
+    ("k=polar:b6,v=polar:b6", "value"),
     ("k=pair:tiers6,v=exact", "key"),
 )
 
