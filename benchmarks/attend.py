@@ -19,10 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from rich.console import Console
@@ -31,7 +31,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from attend_baselines import HEAD_DIM, HEADS, KV_HEADS, SHORT_PROFILES, Echo, PingPong, Server
-from attend_load import Job, Load, keys_of, run
+from attend_load import Crew, Job, Load, keys_of
 
 from polarcache.client import AttendStream, Client, KvLayout
 
@@ -39,35 +39,51 @@ SHARED_BYTES = 64 << 20
 LONG = {"num_layers": 2, "num_kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "block_tokens": 128}
 CODED = "k=pair:r4t4,v=int4"
 
+Row: TypeAlias = dict[str, Any]
 
-@contextmanager
-def service(device: str, memory: str, *flags: str) -> Iterator[str]:
-    """A service in a process of its own: its endpoint."""
-    with tempfile.TemporaryDirectory(prefix="pc-bench-") as name:
-        port_file = Path(name) / "port"
-        process = subprocess.Popen(
+
+class Service:
+    """A service in a process of its own.
+
+    Args:
+        device: Its device.
+        memory: Its memory tier.
+        flags: More arguments.
+    """
+
+    def __init__(self, device: str, memory: str, *flags: str) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="pc-bench-")
+        name = self._directory.name
+        self._port_file = Path(name) / "port"
+        self._process = subprocess.Popen(
             [
                 sys.executable, "-m", "polarcache.cli", "serve", "--device", device, "--port", "0",
-                "--port-file", str(port_file), "--state-dir", f"{name}/state", "--redis", "off",
-                "--memory", memory, "--lease-ms", "300000", "--log-level", "warning", *flags,
+                "--port-file", str(self._port_file), "--state-dir", f"{name}/state",
+                "--redis", "off", "--memory", memory, "--lease-ms", "300000",
+                "--log-level", "warning", *flags,
             ]
         )  # fmt: skip
-        try:
-            while not port_file.exists():
-                if process.poll() is not None:
-                    raise SystemExit("the service did not start")
-                time.sleep(0.05)
-            yield f"grpc://127.0.0.1:{port_file.read_text().strip()}"
-        finally:
-            process.terminate()
-            process.wait(60)
+
+    def endpoint(self) -> str:
+        """Where it listens, once it does."""
+        while not self._port_file.exists():
+            if self._process.poll() is not None:
+                raise SystemExit("the service did not start")
+            time.sleep(0.05)
+        return f"grpc://127.0.0.1:{self._port_file.read_text().strip()}"
+
+    def close(self) -> None:
+        """Ends it."""
+        self._process.terminate()
+        self._process.wait(60)
+        self._directory.cleanup()
 
 
-def short_job(endpoint: str, device: str, shared_bytes: int = 0, seconds: float = 0.0) -> Job:
+def short_job(endpoint: str, device: str, seconds: float) -> Job:
     """Streams on one block: the kernel takes little of the round trip."""
     profile, block_tokens = SHORT_PROFILES[device.partition(":")[0]]
     layout = {**LONG, "block_tokens": block_tokens}
-    return Job(endpoint, shared_bytes, [], 1, layout, profile, HEADS, seconds)
+    return Job(endpoint, 0, [], 1, layout, profile, HEADS, seconds)
 
 
 def store(client: Client, job: Job, prefixes: int) -> None:
@@ -107,39 +123,37 @@ def asking(stream: AttendStream) -> Callable[[], float]:
     return ask
 
 
-def round_trips(device: str, rounds: int, count: int) -> dict[str, float]:
-    """Medians over rounds: microseconds of each path, and ratios within a round."""
-    # Child processes first: they must not inherit gRPC's threads.
+def start_servers(device: str) -> dict[str, Server]:
+    """The bare servers by name: those that compute, and those that compute nothing."""
     kinds = ("grpc_echo", "tcp_ping_pong", "unix_ping_pong")
-    servers = {
+    return {
         name + suffix: Server(name.split("_")[0], where)
         for name in kinds
         for suffix, where in (("", device), ("_without_kernel", ""))
     }
-    with service(device, "256MiB") as endpoint:
-        job = short_job(endpoint, device)
-        peers = {
-            name: (Echo if name.startswith("grpc") else PingPong)(server.address())
-            for name, server in servers.items()
-        }
-        with Client(endpoint, shared_memory_bytes=0) as remote, Client(endpoint) as local:
-            store(remote, job, 1)
-            streams = []
-            for client in (remote, local):
-                match = client.lookup(client.open_namespace(job.spec()), keys_of(0, 1))
-                streams.append(client.attend(match, query_heads=HEADS))
-            assert [stream.is_local for stream in streams] == [False, True]
-            paths = {"grpc_attend": asking(streams[0]), "shared_attend": asking(streams[1])}
-            paths |= {name: peer.ask for name, peer in peers.items()}
-            for ask in paths.values():
-                sample(ask, count)
-            samples = [
-                {name: sample(ask, count) for name, ask in paths.items()} for _ in range(rounds)
-            ]
-            for one in (*streams, *peers.values()):
-                one.close()
-    for server in servers.values():
-        server.close()
+
+
+def round_trips(job: Job, servers: dict[str, Server], rounds: int, count: int) -> dict[str, float]:
+    """Medians over rounds: microseconds of each path, and ratios within a round."""
+    peers = {
+        name: (Echo if name.startswith("grpc") else PingPong)(server.address())
+        for name, server in servers.items()
+    }
+    endpoint = job.endpoint
+    with Client(endpoint, shared_memory_bytes=0) as remote, Client(endpoint) as local:
+        store(remote, job, 1)
+        streams = []
+        for client in (remote, local):
+            match = client.lookup(client.open_namespace(job.spec()), keys_of(0, 1))
+            streams.append(client.attend(match, query_heads=HEADS))
+        assert [stream.is_local for stream in streams] == [False, True]
+        paths = {"grpc_attend": asking(streams[0]), "shared_attend": asking(streams[1])}
+        paths |= {name: peer.ask for name, peer in peers.items()}
+        for ask in paths.values():
+            sample(ask, count)
+        samples = [{name: sample(ask, count) for name, ask in paths.items()} for _ in range(rounds)]
+        for one in (*streams, *peers.values()):
+            one.close()
     median = statistics.median
     result = {f"{name}_us": round(median(one[name] for one in samples), 1) for name in paths}
     for baseline in servers:
@@ -153,7 +167,7 @@ def split(jobs: Job, num_streams: int, num_prefixes: int, processes: int) -> lis
     """The job of `num_streams` streams, over processes."""
     prefixes = [stream % num_prefixes for stream in range(num_streams)]
     return [
-        Job(**{**vars(jobs), "prefixes": prefixes[number::processes]})
+        replace(jobs, prefixes=prefixes[number::processes])
         for number in range(min(processes, num_streams))
     ]
 
@@ -177,50 +191,45 @@ def figures(load: Load, seconds: float) -> dict[str, float]:
     }
 
 
-def concurrency(device: str, counts: list[int], seconds: float) -> list[dict[str, Any]]:
+def concurrency(job: Job, crew: Crew, counts: list[int], processes: int) -> list[Row]:
     """Where the time of concurrent streams on short prefixes goes, on both paths."""
-    rows: list[dict[str, Any]] = []
-    processes = max(1, (os.cpu_count() or 2) // 2)
-    with service(device, "256MiB") as endpoint:
-        with Client(endpoint, shared_memory_bytes=0) as client:
-            store(client, short_job(endpoint, device), max(counts))
-        for path, shared_bytes in (("grpc", 0), ("shared memory", SHARED_BYTES)):
-            for count in counts:
-                job = short_job(endpoint, device, shared_bytes, seconds)
-                load = run(split(job, count, count, processes))
-                rows.append({"path": path, "streams": count, **figures(load, seconds)})
+    rows: list[Row] = []
+    with Client(job.endpoint, shared_memory_bytes=0) as client:
+        store(client, job, max(counts))
+    for path, shared_bytes in (("grpc", 0), ("shared memory", SHARED_BYTES)):
+        for count in counts:
+            one = replace(job, shared_bytes=shared_bytes)
+            load = crew.run(split(one, count, count, processes))
+            rows.append({"path": path, "streams": count, **figures(load, job.seconds)})
     return rows
 
 
-def batching(
-    device: str, streams: int, tokens: int, seconds: float, processes: int
-) -> list[dict[str, Any]]:
-    """Many streams on long prefixes: batched against one by one, shared against distinct."""
-    rows: list[dict[str, Any]] = []
-    num_blocks = tokens // LONG["block_tokens"]
+def long_memory(streams: int, tokens: int) -> str:
+    """Memory for so many long prefixes."""
     packed_bytes = LONG["num_layers"] * LONG["num_kv_heads"] * 140 * tokens * streams
-    memory = f"{(packed_bytes >> 20) + 256}MiB"
-    for batched in (True, False):
-        flags = () if batched else ("--attend-batch", "1", "--attend-window-us", "0")
-        with service(device, memory, *flags) as endpoint:
-            job = Job(endpoint, SHARED_BYTES, [], num_blocks, LONG, CODED, HEADS, seconds)
-            with Client(endpoint, transfer_timeout_s=300) as client:
-                store(client, job, streams)
-            for prefixes in (streams, 1):
-                load = run(split(job, streams, prefixes, processes))
-                rows.append(
-                    {
-                        "batching": "yes" if batched else "no",
-                        "prefixes": prefixes,
-                        "streams": streams,
-                        "tokens": tokens,
-                        **figures(load, seconds),
-                    }
-                )
+    return f"{(packed_bytes >> 20) + 256}MiB"
+
+
+def batching(jobs: dict[str, Job], crew: Crew, streams: int, processes: int) -> list[Row]:
+    """Many streams on long prefixes: batched against one by one, shared against distinct.
+
+    Args:
+        jobs: A job of each service, by whether it batches, "yes" or "no".
+        crew: Runs them.
+        streams: Streams.
+        processes: Processes of the crew to use.
+    """
+    rows: list[Row] = []
+    for batched, job in jobs.items():
+        with Client(job.endpoint, transfer_timeout_s=300) as client:
+            store(client, job, streams)
+        for prefixes in (streams, 1):
+            load = crew.run(split(job, streams, prefixes, processes))
+            rows.append({"batching": batched, "prefixes": prefixes, **figures(load, job.seconds)})
     return rows
 
 
-def gains(rows: list[dict[str, Any]]) -> dict[str, float]:
+def gains(rows: list[Row]) -> dict[str, float]:
     """Rates of batching over one by one, and of a shared prefix over distinct ones."""
     rate = {(row["batching"], row["prefixes"] == 1): row["layers_per_s"] for row in rows}
     return {
@@ -235,7 +244,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", default="cpu", help="device of the service")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--rounds", type=int, default=15, help="alternations of round trips")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="alternations of round trips; 0 for none"
+    )
     parser.add_argument("--count", type=int, default=200, help="round trips of one alternation")
     parser.add_argument("--streams", default="1,8,32", help="concurrent streams, short prefixes")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of each load")
@@ -250,17 +261,39 @@ def main() -> None:
         long_streams = 32 if is_cuda else 0
     processes = options.processes or max(1, min(16, (os.cpu_count() or 2) - 4))
     counts = [int(count) for count in options.streams.split(",")]
-    result: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if is_cuda else "cpu",
-        "round_trips": round_trips(options.device, options.rounds, options.count),
-        "concurrency": concurrency(options.device, counts, options.seconds),
-    }
+    # Child processes first: they must not inherit gRPC's threads.
+    crew = Crew(processes)
+    servers = start_servers(options.device) if options.rounds else {}
+    services = [Service(options.device, "256MiB")]
     if long_streams:
-        rows = batching(
-            options.device, long_streams, options.long_tokens, options.seconds, processes
-        )
-        result["batching"] = rows
-        result["gains"] = gains(rows)
+        memory = long_memory(long_streams, options.long_tokens)
+        services += [
+            Service(options.device, memory, *flags)
+            for flags in ((), ("--attend-batch", "1", "--attend-window-us", "0"))
+        ]
+    try:
+        endpoints = [service.endpoint() for service in services]
+        job = short_job(endpoints[0], options.device, options.seconds)
+        result: dict[str, Any] = {
+            "device": torch.cuda.get_device_name() if is_cuda else "cpu",
+            "round_trips": round_trips(job, servers, options.rounds, options.count)
+            if servers
+            else {},
+            "concurrency": concurrency(job, crew, counts, processes),
+        }
+        if long_streams:
+            num_blocks = options.long_tokens // LONG["block_tokens"]
+            jobs = {
+                batched: Job(
+                    endpoint, SHARED_BYTES, [], num_blocks, LONG, CODED, HEADS, options.seconds
+                )
+                for batched, endpoint in zip(("yes", "no"), endpoints[1:], strict=True)
+            }
+            result["batching"] = batching(jobs, crew, long_streams, processes)
+            result["gains"] = gains(result["batching"])
+    finally:
+        for one in (*services, *servers.values(), crew):
+            one.close()
     if options.json:
         print(json.dumps(result, indent=1))
         return

@@ -1,8 +1,9 @@
-"""Some streams that decode, in a process of their own: a part of the load of `attend.py`.
+"""Streams that decode, in processes of their own: the load of `attend.py`.
 
-    python benchmarks/attend_load.py JOB    JOB is the JSON of a `Job`
+    python benchmarks/attend_load.py
 
-Prints "ready" once its streams are open, waits for a line, attends for `seconds`, prints a `Load`.
+For each line of input, the JSON of a `Job`: opens its streams, prints "ready", waits for a line,
+attends for `seconds`, prints the JSON of a `Load`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -66,51 +67,52 @@ def keys_of(prefix: int, num_blocks: int) -> list[bytes]:
     return [b"prefix %d block %d" % (prefix, i) for i in range(num_blocks)]
 
 
-class Process:
-    """A load process.
+class Crew:
+    """Load processes, which serve one load after the other: starting one takes seconds.
 
     Args:
-        job: What it does.
+        size: How many.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, json.dumps(asdict(job))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+    def __init__(self, size: int) -> None:
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            for _ in range(size)
+        ]
 
-    def wait_until_ready(self) -> None:
-        """Waits until its streams are open."""
-        assert self._process.stdout is not None
-        if self._process.stdout.readline() != "ready\n":
-            raise SystemExit("a load process failed")
+    def run(self, jobs: Sequence[Job]) -> Load:
+        """Runs several jobs at once, each in a process; their loads together."""
+        processes = self._processes[: len(jobs)]
+        for process, job in zip(processes, jobs, strict=True):
+            _say(process, json.dumps(asdict(job)))
+        for process in processes:
+            if _heard(process) != "ready":
+                raise SystemExit("a load process failed")
+        for process in processes:
+            _say(process, "go")
+        return _sum(Load(**json.loads(_heard(process))) for process in processes)
 
-    def start(self) -> None:
-        """Lets it attend."""
-        assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
-        self._process.stdin.flush()
-
-    def result(self) -> Load:
-        """What came of it, when it is done."""
-        assert self._process.stdout is not None
-        load = Load(**json.loads(self._process.stdout.readline()))
-        self._process.wait(30)
-        return load
+    def close(self) -> None:
+        """Ends the processes."""
+        for process in self._processes:
+            process.communicate(timeout=30)
 
 
-def run(jobs: Sequence[Job]) -> Load:
-    """Runs several processes at once; their loads together."""
-    processes = [Process(job) for job in jobs]
-    for process in processes:
-        process.wait_until_ready()
-    for process in processes:
-        process.start()
+def _say(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None
+    print(line, file=process.stdin, flush=True)
+
+
+def _heard(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def _sum(loads: Iterable[Load]) -> Load:
     total = Load([], [], [], [])
-    for process in processes:
-        load = process.result()
+    for load in loads:
         for name, values in asdict(load).items():
             getattr(total, name).extend(values)
     return total
@@ -135,10 +137,7 @@ def _attend(stream: AttendStream, job: Job, end_s: float, load: Load) -> None:
             time.sleep(job.think_s)
 
 
-def main() -> None:
-    """Attends."""
-    job = Job(**json.loads(sys.argv[1]))
-    torch.set_num_threads(1)
+def _run(job: Job) -> Load:
     loads = [Load([], [], [], []) for _ in job.prefixes]
     with Client(job.endpoint, shared_memory_bytes=job.shared_bytes, timeout_s=30) as client:
         namespace = client.open_namespace(job.spec())
@@ -164,11 +163,14 @@ def main() -> None:
             thread.join()
         for stream in streams:
             stream.close()
-    total = Load([], [], [], [])
-    for load in loads:
-        for name, values in asdict(load).items():
-            getattr(total, name).extend(values)
-    print(json.dumps(asdict(total)), flush=True)
+    return _sum(loads)
+
+
+def main() -> None:
+    """Attends."""
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(asdict(_run(Job(**json.loads(line))))), flush=True)
 
 
 if __name__ == "__main__":
