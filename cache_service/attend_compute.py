@@ -1,52 +1,71 @@
 """Computes a batch of attention requests in one launch: staging, page table, kernel.
 
-One thread owns an `AttendCompute`. What goes in (page table, lengths, queries) lies in one host
-buffer and what comes out (out, lse) in another, so that a GPU takes one copy each way; buffers
-only grow. On the CPU the kernel works on the host buffers themselves.
+One thread at a time uses an `AttendCompute`. What goes in (page table, lengths, queries) lies in
+one host buffer and what comes out (out, lse) in another, so that a GPU takes one copy each way;
+buffers only grow. On the CPU the kernel works on the host buffers themselves.
+
+A GPU has two, so that one launch computes while another's answers and requests travel. Their
+kernels go through one stream, in turn.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from polarcache.cache_service.attend_plan import LayerQuery, Plan, Staging, grown
+from polarcache.kernels.attention.batch import PAGE_UNIT_BYTES
 from polarcache.kernels.attention.merge import merge_states
-from polarcache.kernels.attention.prefix import PrefixAttention
 
 __all__ = ["AttendCompute", "Computed"]
 
+QueryT = TypeVar("QueryT", bound=LayerQuery)
+
 _MAX_PLANS = 256
+_GPU_LANES = 2
+_by_place = attrgetter("place")
 # Two launches and a merge instead of one cost about 100 us on a GPU, in which it reads this much.
 # An estimate, not a measurement. On the CPU nothing is shared: it computes run by run.
 _WORTH_BYTES = 400_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
+class Computed(Generic[QueryT]):
     """Answers of a launch; the views are valid until the next one.
 
     Attributes:
+        requests: The requests, in the order of the answers.
         answers: For each request the bytes of `out` and of `lse`.
         kernel_ns: Time of the kernel.
     """
 
+    requests: Sequence[QueryT]
     answers: list[tuple[memoryview, memoryview]]
     kernel_ns: int
 
 
 class AttendCompute:
-    """Buffers and kernels of one device. Owned by one thread.
+    """Buffers of one launch at a time, and its kernels. Used by one thread at a time.
 
     Args:
         pool: All pages, uint8.
         worth_bytes: As for `Plan`. None for the device's own.
+        stream: CUDA stream; None for one of its own.
     """
 
-    def __init__(self, pool: torch.Tensor, worth_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        pool: torch.Tensor,
+        worth_bytes: int | None = None,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
         self._pool = pool
         if worth_bytes is None and pool.is_cuda:
             worth_bytes = _WORTH_BYTES
@@ -56,58 +75,115 @@ class AttendCompute:
         self._workspace: torch.Tensor | None = None
         # Streams that decode come again in the same company: most launches find their plan.
         self._plans: dict[tuple[object, ...], Plan] = {}
-        self._last_plan: Plan | None = None
+        # Whose page tables lie in the input, and for which layers.
+        self._written: tuple[Plan, tuple[int, ...]] | None = None
+        self._under_way: tuple[Plan, Sequence[LayerQuery]] | None = None
+        self._kernel_ns = 0
         self._is_cuda = pool.is_cuda
+        self._home_thread = 0
         if self._is_cuda:
-            torch.cuda.set_device(pool.device)
-            self._stream = torch.cuda.Stream(pool.device)
+            self._stream = stream or torch.cuda.Stream(pool.device)
             self._begin = torch.cuda.Event(enable_timing=True)
             self._end = torch.cuda.Event(enable_timing=True)
+            self._done = torch.cuda.Event()
 
-    def run(self, requests: Sequence[LayerQuery]) -> Computed:
+    @classmethod
+    def lanes(cls, pool: torch.Tensor) -> list[AttendCompute]:
+        """As many as the device has use for; for the calling thread, which they make ready."""
+        if not pool.is_cuda:
+            return [cls(pool)]
+        torch.cuda.set_device(pool.device)
+        stream = torch.cuda.Stream(pool.device)
+        # Asking for the stream in every launch would cost as much as the launch.
+        torch.cuda.set_stream(stream)
+        lanes = [cls(pool, stream=stream) for _ in range(_GPU_LANES)]
+        for lane in lanes:
+            lane._home_thread = threading.get_ident()
+        return lanes
+
+    def run(self, requests: Sequence[QueryT]) -> Computed[QueryT]:
         """Answers requests of one launch key."""
+        self.begin(requests)
+        return self.finish()
+
+    def begin(self, requests: Sequence[LayerQuery]) -> None:
+        """Launches requests of one launch key; on the CPU, computes them. `finish` must follow."""
+        if len(requests) > 1:
+            requests = sorted(requests, key=_by_place)
         plan = self._plan_of(requests)
-        if plan is not self._last_plan:
-            plan.write_tables()
-            self._last_plan = plan
+        layer = requests[0].layer
+        layers = tuple([one.layer for one in requests])
+        slice_offset = layer * requests[0].prefix.slice_bytes
+        if layers.count(layer) == len(layers):
+            layers = ()
+        else:
+            slice_offset %= PAGE_UNIT_BYTES
+        if (plan, layers) != self._written:
+            plan.write_tables(layers)
+            self._written = (plan, layers)
         plan.write_queries(requests)
-        attention = requests[0].prefix.kind.attention
         if self._is_cuda:
-            with torch.cuda.stream(self._stream):
-                self._inputs.upload(plan.input_bytes)
+            is_home = self._home_thread == threading.get_ident()
+            with nullcontext() if is_home else torch.cuda.stream(self._stream):
+                plan.upload()
                 self._begin.record(self._stream)
-                self._launch(attention, plan, requests[0])
+                self._launch(plan, slice_offset)
                 self._end.record(self._stream)
-                self._outputs.download(plan.output_bytes)
-                self._stream.synchronize()
-            kernel_ns = int(self._begin.elapsed_time(self._end) * 1e6)
+                plan.download()
+                self._done.record(self._stream)
         else:
             start_ns = time.monotonic_ns()
-            self._launch(attention, plan, requests[0])
-            kernel_ns = time.monotonic_ns() - start_ns
-        return Computed(plan.answers, kernel_ns)
+            self._launch(plan, slice_offset)
+            self._kernel_ns = time.monotonic_ns() - start_ns
+        self._under_way = plan, requests
 
-    def _launch(self, attention: PrefixAttention, plan: Plan, first: LayerQuery) -> None:
-        workspace = self._workspace_of(plan.workspace_bytes)
-        batches = plan.prefix_batches(self._pool, first)
-        for batch, (out, lse) in zip(batches, plan.states, strict=True):
-            attention(plan.query, batch, out, lse, workspace)
-        if len(batches) == 2:
+    def is_done(self) -> bool:
+        """Whether `finish` will not wait."""
+        return not self._is_cuda or self._done.query()
+
+    def wait(self) -> None:
+        """Sleeps until `is_done`."""
+        if self._is_cuda:
+            self._done.synchronize()
+
+    def finish(self) -> Computed[Any]:
+        """Waits for what was begun; the answers are valid until the next launch begins."""
+        if self._under_way is None:
+            raise RuntimeError("finish before begin")
+        plan, requests = self._under_way
+        self._under_way = None
+        if self._is_cuda:
+            self._done.synchronize()
+            self._kernel_ns = int(self._begin.elapsed_time(self._end) * 1e6)
+        return Computed(requests, plan.answers, self._kernel_ns)
+
+    def _launch(self, plan: Plan, slice_offset: int) -> None:
+        attention = plan.attention
+        if plan.launches is None:
+            plan.launches = [
+                attention.prepare(plan.query, batch, *state, self._workspace)
+                for batch, state in zip(
+                    plan.prefix_batches(self._pool, slice_offset), plan.states, strict=True
+                )
+            ]
+        if None in plan.launches:
+            for batch, (out, lse) in zip(
+                plan.prefix_batches(self._pool, slice_offset), plan.states, strict=True
+            ):
+                attention(plan.query, batch, out, lse, self._workspace)
+        else:
+            handle = self._stream.cuda_stream
+            for launch in plan.launches:
+                assert launch is not None
+                launch(slice_offset, handle)
+        if len(plan.states) == 2:
             (out, lse), own = plan.states
             merged_out, merged_lse = merge_states(out, lse, *own)
             out.copy_(merged_out)
             lse.copy_(merged_lse)
 
     def _plan_of(self, requests: Sequence[LayerQuery]) -> Plan:
-        first = requests[0]
-        key: tuple[object, ...] = (first.prefix.kind, first.prefix.identity, first.num_tokens)
-        if len(requests) > 1:
-            if any(request.layer != first.layer for request in requests):
-                # Their layers are in the page table: of no use to another launch.
-                plan = Plan(requests, self._worth_bytes)
-                self._place(plan)
-                return plan
-            key = (key, *((one.prefix.identity, one.num_tokens) for one in requests))
+        key = Plan.shape_of(requests)
         found = self._plans.get(key)
         if found is not None:
             return found
@@ -121,13 +197,12 @@ class AttendCompute:
     def _place(self, plan: Plan) -> None:
         grew = self._inputs.reserve(plan.input_bytes)
         grew |= self._outputs.reserve(plan.staged_output_bytes)
+        num_bytes = plan.workspace_bytes
+        if num_bytes and (self._workspace is None or len(self._workspace) < num_bytes):
+            size = grown(num_bytes)
+            self._workspace = torch.empty(size, dtype=torch.uint8, device=self._pool.device)
+            grew = True
         if grew:
             # Their views are of the old buffers.
             self._plans.clear()
         plan.place(self._inputs, self._outputs)
-
-    def _workspace_of(self, num_bytes: int) -> torch.Tensor | None:
-        if num_bytes and (self._workspace is None or len(self._workspace) < num_bytes):
-            size = grown(num_bytes)
-            self._workspace = torch.empty(size, dtype=torch.uint8, device=self._pool.device)
-        return self._workspace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ import torch
 from polarcache.cache_service.attend_prefix import AttendKind, HeldPrefix
 from polarcache.cache_service.attend_tables import PageTable, Run, split_shared
 from polarcache.kernels.attention.batch import PAGE_UNIT_BYTES, PrefixBatch
+from polarcache.kernels.attention.fast import PreparedDecode
 from polarcache.proto.frames import Buffer
 
 __all__ = ["LayerQuery", "Plan", "Staging", "grown"]
@@ -35,9 +37,10 @@ class LayerQuery:
             place in a page beyond whole page units, which the page table can take up: usually
             nothing, so that different layers go in one launch; and whether there are many
             queries, since the run with the most of them shapes a launch.
+        place: Orders the requests of a launch: first page, layer, and identity of the prefix.
     """
 
-    __slots__ = ("launch_key", "layer", "num_tokens", "position", "prefix", "queries")
+    __slots__ = ("launch_key", "layer", "num_tokens", "place", "position", "prefix", "queries")
 
     def __init__(
         self, prefix: HeldPrefix, layer: int, num_tokens: int, queries: Buffer, position: int = 0
@@ -53,6 +56,7 @@ class LayerQuery:
             rest,
             num_tokens > _FEW_TOKENS,
         )
+        self.place: tuple[int, int, bytes] = (prefix.first_unit, layer, prefix.identity)
 
 
 class Staging:
@@ -79,13 +83,9 @@ class Staging:
         self.host = self._pinned.numpy()
         return True
 
-    def upload(self, num_bytes: int) -> None:
-        """Copies the first bytes to the device, on the current stream."""
-        self.device[:num_bytes].copy_(self._pinned[:num_bytes], non_blocking=True)
-
-    def download(self, num_bytes: int) -> None:
-        """Copies the first bytes from the device, on the current stream."""
-        self._pinned[:num_bytes].copy_(self.device[:num_bytes], non_blocking=True)
+    def pair(self, num_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first bytes on the host and on the device."""
+        return self._pinned[:num_bytes], self.device[:num_bytes]
 
 
 class Plan:
@@ -94,15 +94,16 @@ class Plan:
     Input: the page tables, int32; positions [rows], int32, where there is a window; then, aligned,
     the queries. Output, fp32: out [rows, Hq, Dv], lse [rows, Hq]; and on the device alone the same
     once more where there are two tables. Requests for the same layer of the same prefix are one
-    run of rows.
+    run of rows. Requests of equal `shape_of` have one plan, whatever their layers are: these are
+    written into the page tables where they differ.
 
     Args:
-        requests: The requests. Where their layers differ, the page tables hold them; else
-            the plan fits any layer.
+        requests: The requests, in the order of `LayerQuery.place`.
         worth_bytes: How many bytes less must be read for leading pages that differing prefixes
             share to be read once, in a launch of their own. None for never.
 
     Attributes:
+        attention: Computes it.
         num_rows: Query tokens of all requests.
         tables: One page table, or two: of what is shared, and of the rest.
         input_bytes: Bytes of the input.
@@ -112,6 +113,8 @@ class Plan:
         query: [rows, Hq, D] in the input, on the device.
         states: (out fp32 [rows, Hq, Dv], lse fp32 [rows, Hq]) for each table, on the device.
         answers: For each request the bytes of its rows of out and lse, on the host.
+        launches: For each table its kernel with all arguments but the layer, None where it has
+            none; None altogether before the first launch.
     """
 
     query: torch.Tensor
@@ -122,8 +125,9 @@ class Plan:
         first = requests[0]
         prefix = self._prefix = first.prefix
         kind = prefix.kind
+        self.attention = kind.attention
+        self.launches: list[PreparedDecode | None] | None = None
         self._has_window = bool(kind.options.window)
-        self._is_mixed = any(request.layer != first.layer for request in requests)
         runs = self._arrange(requests)
         self.num_rows = sum(run.num_rows for run in runs)
         self.tables = [PageTable(runs)]
@@ -149,6 +153,8 @@ class Plan:
     def place(self, inputs: Staging, outputs: Staging) -> None:
         """Makes the views of buffers that are long enough."""
         self._place_input(inputs)
+        self._input_pair = inputs.pair(self.input_bytes)
+        self._output_pair = outputs.pair(self.output_bytes)
         prefix = self._prefix
         heads, v_head_dim = prefix.kind.query_heads, prefix.v_head_dim
         out_bytes = self.num_rows * heads * v_head_dim * 4
@@ -168,10 +174,35 @@ class Plan:
             for row, end in self._spans
         ]
 
-    def write_tables(self) -> None:
-        """Writes the page tables; they stay until another plan writes its own."""
+    @staticmethod
+    def shape_of(requests: Sequence[LayerQuery]) -> tuple[object, ...]:
+        """What of the requests a plan depends on; they are in the order of `LayerQuery.place`."""
+        first = requests[0]
+        shape: list[object] = [first.prefix.kind]
+        unit = layer = -1
+        identity = b""
+        for one in requests:
+            prefix = one.prefix
+            if one.layer != layer or one.place[0] != unit:
+                boundary = 2
+            else:
+                boundary = 1 if prefix.identity != identity else 0
+            unit, layer, identity = one.place
+            shape += (identity, one.num_tokens, boundary)
+        return tuple(shape)
+
+    def write_tables(self, layers: Sequence[int]) -> None:
+        """Writes the page tables; they stay until another plan writes its own.
+
+        Args:
+            layers: Layer of each request, if they differ; else none.
+        """
+        units = None
+        if layers:
+            offsets = np.array(layers, np.int64) * self._prefix.slice_bytes
+            units = (offsets // PAGE_UNIT_BYTES).astype(np.int32)
         for table in self.tables:
-            table.write()
+            table.write(units)
 
     def write_queries(self, requests: Sequence[LayerQuery]) -> None:
         """Writes what differs from launch to launch."""
@@ -182,40 +213,41 @@ class Plan:
                 first = request.position
                 self._host_positions[row:end] = np.arange(first, first + end - row, dtype=np.int32)
 
-    def prefix_batches(self, pool: torch.Tensor, first: LayerQuery) -> list[PrefixBatch]:
+    def upload(self) -> None:
+        """Copies the input to the device, on the current stream."""
+        host, device = self._input_pair
+        device.copy_(host, non_blocking=True)
+
+    def download(self) -> None:
+        """Copies the output from the device, on the current stream."""
+        host, device = self._output_pair
+        host.copy_(device, non_blocking=True)
+
+    def prefix_batches(self, pool: torch.Tensor, slice_offset: int) -> list[PrefixBatch]:
         """The batch of each table.
 
         Args:
             pool: All pages.
-            first: The first request of the launch.
+            slice_offset: As in `PrefixBatch`.
         """
-        slice_offset = first.layer * first.prefix.slice_bytes
-        if self._is_mixed:
-            slice_offset %= PAGE_UNIT_BYTES
         return [table.prefix_batch(pool, slice_offset, self._positions) for table in self.tables]
 
     def _arrange(self, requests: Sequence[LayerQuery]) -> list[Run]:
-        """Gives every request its rows; runs that begin with the same page are neighbours."""
-        by_run: dict[tuple[int, bytes], list[int]] = {}
-        for i, request in enumerate(requests):
-            by_run.setdefault((request.layer, request.prefix.identity), []).append(i)
-        placed = []
-        for ids in by_run.values():
-            one = requests[ids[0]]
-            units = one.prefix.page_units
-            if self._is_mixed:
-                units = units + one.layer * one.prefix.slice_bytes // PAGE_UNIT_BYTES
-            placed.append((units, one.prefix.num_tokens, ids))
-        placed.sort(key=lambda one: int(one[0][0]))
-        self._spans: list[tuple[int, int]] = [(0, 0)] * len(requests)
-        runs = []
-        row = 0
-        for units, num_tokens, ids in placed:
+        """Gives every request its rows."""
+        self._spans: list[tuple[int, int]] = []
+        runs: list[Run] = []
+        row = group = 0
+        for place, members in groupby(enumerate(requests), key=lambda one: one[1].place):
             begin = row
-            for i in ids:
-                self._spans[i] = (row, row + requests[i].num_tokens)
-                row += requests[i].num_tokens
-            runs.append(Run(units, num_tokens, row - begin))
+            ids = []
+            for i, request in members:
+                self._spans.append((row, row + request.num_tokens))
+                row += request.num_tokens
+                ids.append(i)
+            prefix = requests[ids[0]].prefix
+            if runs and place[:2] != requests[runs[-1].request].place[:2]:
+                group += 1
+            runs.append(Run(prefix.page_units, prefix.num_tokens, row - begin, ids[0], group))
         return runs
 
     def _place_input(self, inputs: Staging) -> None:

@@ -55,6 +55,7 @@ class HeldPrefix:
         namespace: Namespace of the prefix.
         num_tokens: Tokens to attend to.
         page_units: int32 [pages], first byte of each page in the pool, in units of 256 bytes.
+        first_unit: The first of them.
         identity: Equal for prefixes of equal pages and tokens.
         slice_bytes: Bytes of one layer of a page.
         head_dim: Channels of a query, D.
@@ -69,6 +70,7 @@ class HeldPrefix:
     namespace: Namespace
     num_tokens: int
     page_units: npt.NDArray[np.int32]
+    first_unit: int
     identity: bytes
     slice_bytes: int
     head_dim: int
@@ -146,6 +148,7 @@ class PrefixHolder:
             namespace=namespace,
             num_tokens=num_tokens,
             page_units=units,
+            first_unit=offsets[0],
             identity=identity,
             slice_bytes=namespace.codec.packed.slice_bytes,
             head_dim=layout.head_dim,

@@ -108,9 +108,15 @@ class Turn:
     Args:
         stream: The stream.
         kind: What its requests have in common.
+
+    Attributes:
+        waiting: Its requests that wait.
+        answered_s: When its last one was answered or refused; 0 before.
+        gap_s: How long it takes from an answer to its next request.
+        took_s: How long the launch of its last request took; 0 before.
     """
 
-    __slots__ = ("answered_s", "gap_s", "kind", "stream", "waiting")
+    __slots__ = ("answered_s", "gap_s", "kind", "stream", "took_s", "waiting")
 
     def __init__(self, stream: AttendStream, kind: AttendKind) -> None:
         self.stream = stream
@@ -118,6 +124,7 @@ class Turn:
         self.waiting: deque[WaitingQuery] = deque()
         self.answered_s = 0.0
         self.gap_s = 0.0
+        self.took_s = 0.0
 
     def learn(self, least_s: float, most_s: float) -> None:
         """Takes the time from an answer to the next request into account.

@@ -100,7 +100,8 @@ class AttendStreams:
                 try:
                     if request.HasField("region"):
                         raise InvalidRequestError("shared memory goes with the local socket alone")
-                    _submit(opened, request, queries)
+                    if _submit(opened, request, queries, here=True):
+                        self._outbox.flush()
                     answer = await stream.wait()
                 except PolarCacheError as error:
                     answer = refusal(request.request_id, error)
@@ -116,14 +117,17 @@ class AttendStreams:
         return await self._workers.io_owned(OpenPrefix.close, self._attention.open, begin)
 
 
-def _submit(opened: OpenPrefix, request: pb.AttendRequest, queries: Buffer) -> None:
-    opened.submit(
+def _submit(
+    opened: OpenPrefix, request: pb.AttendRequest, queries: Buffer, *, here: bool = False
+) -> bool:
+    return opened.submit(
         request.request_id,
         request.layer,
         request.num_tokens,
         request.position if request.HasField("position") else None,
         request.timeout_ms,
         queries,
+        here=here,
     )
 
 
@@ -153,7 +157,7 @@ class _Call:
     def answer(
         self, request: WaitingQuery, launch: Launch, out: memoryview, lse: memoryview
     ) -> None:
-        """In the batcher's thread: passes an answer on."""
+        """In the thread that computed it: passes an answer on."""
         frame = join_response(
             request.request_id,
             request.queue_ns(launch),
@@ -165,7 +169,7 @@ class _Call:
         self._outbox.put(self._answer, frame)
 
     def refuse(self, request: WaitingQuery, error: PolarCacheError) -> None:
-        """In the batcher's thread: passes a refusal on."""
+        """In the thread that computed it: passes a refusal on."""
         self._outbox.put(self._answer, error)
 
 
@@ -220,15 +224,16 @@ class _Outbox:
         self._answers: deque[tuple[Waiting, bytes | PolarCacheError]] = deque()
 
     def put(self, waiting: Waiting, answer: bytes | PolarCacheError) -> None:
-        """In the batcher's thread: adds an answer."""
+        """In any thread: adds an answer."""
         self._answers.append((waiting, answer))
 
     def deliver(self) -> None:
         """In the batcher's thread: wakes the event loop, if there are answers."""
         if self._answers:
-            self.loop.call_soon_threadsafe(self._flush)
+            self.loop.call_soon_threadsafe(self.flush)
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """In the event loop: hands the answers to whom they are for."""
         while self._answers:
             waiting, answer = self._answers.popleft()
             if not waiting.done():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +25,15 @@ class Run:
         page_units: int32 [pages], places of the pages in the pool, in page units.
         num_tokens: Tokens of them.
         num_rows: Query rows.
+        request: Number of a request of it, whose layer is the layer of all.
+        group: Runs that may begin with the same pages, for the same layer, have equal ones.
     """
 
     page_units: Words
     num_tokens: int
     num_rows: int
+    request: int = 0
+    group: int = 0
 
 
 def split_shared(
@@ -38,7 +42,7 @@ def split_shared(
     """Cuts runs that begin with the same pages into what they share and what is their own.
 
     Args:
-        runs: Runs; those with the same first page next to each other.
+        runs: Runs; those of a group next to each other.
         block_tokens: Tokens of a page.
         slice_bytes: Bytes that are read of a page.
         worth_bytes: How many bytes less must be read for it to pay.
@@ -50,7 +54,7 @@ def split_shared(
     shared: list[Run] = []
     own: list[Run] = []
     saved_pages = 0
-    for _, group in groupby(runs, key=lambda run: int(run.page_units[0])):
+    for _, group in groupby(runs, key=lambda run: run.group):
         members = list(group)
         num_pages = 0
         if len(members) > 1:
@@ -61,12 +65,12 @@ def split_shared(
         saved_pages += (len(members) - 1) * num_pages
         num_rows = sum(one.num_rows for one in members)
         units = members[0].page_units[:num_pages]
-        shared.append(Run(units, num_pages * block_tokens, num_rows))
+        shared.append(Run(units, num_pages * block_tokens, num_rows, members[0].request))
         own += [
-            Run(
-                one.page_units[num_pages:],
-                one.num_tokens - num_pages * block_tokens,
-                one.num_rows,
+            replace(
+                one,
+                page_units=one.page_units[num_pages:],
+                num_tokens=one.num_tokens - num_pages * block_tokens,
             )
             for one in members
         ]
@@ -87,12 +91,16 @@ class PageTable:
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
-        self._runs = runs
         self.num_sequences = len(runs)
         self.max_pages = max(1, *(len(run.page_units) for run in runs))
         self.max_rows = max(run.num_rows for run in runs)
         self.num_words = self.num_sequences * (self.max_pages + 2) + 1
+        self._requests = np.array([run.request for run in runs])
         self._lengths = [run.num_tokens for run in runs]
+        self._starts = [0, *accumulate(run.num_rows for run in runs)]
+        self._units = np.zeros((self.num_sequences, self.max_pages), np.int32)
+        for units, run in zip(self._units, runs, strict=True):
+            units[: len(run.page_units)] = run.page_units
 
     def place(self, host: Words, device: torch.Tensor) -> None:
         """Makes the views.
@@ -111,15 +119,20 @@ class PageTable:
             device[:table_end].view(shape), device[table_end:lengths_end], device[lengths_end:]
         )  # fmt: skip
 
-    def write(self) -> None:
-        """Writes the words."""
+    def write(self, request_units: Words | None) -> None:
+        """Writes the words.
+
+        Args:
+            request_units: int32, place of each request's layer in a page, in page units; None to
+                leave layers out.
+        """
         table, lengths, starts = self._host
         lengths[:] = self._lengths
-        starts[0] = row = 0
-        for sequence, run in enumerate(self._runs):
-            table[sequence, : len(run.page_units)] = run.page_units
-            row += run.num_rows
-            starts[sequence + 1] = row
+        starts[:] = self._starts
+        if request_units is None:
+            table[:] = self._units
+        else:
+            np.add(self._units, request_units[self._requests, None], out=table)
 
     def prefix_batch(
         self, pool: torch.Tensor, slice_offset: int, positions: torch.Tensor | None

@@ -71,7 +71,9 @@ class OpenPrefix:
         position: int | None,
         timeout_ms: int,
         queries: Buffer,
-    ) -> None:
+        *,
+        here: bool = False,
+    ) -> bool:
         """Checks a request and has it computed; the stream is told of the answer.
 
         Args:
@@ -81,6 +83,10 @@ class OpenPrefix:
             position: As in AttendRequest, None where it is unset.
             timeout_ms: As in AttendRequest.
             queries: Bytes of the queries.
+            here: Whether it may be computed in the calling thread, as for `AttendBatcher.submit`.
+
+        Returns:
+            Whether it was, so that the stream has been told.
 
         Raises:
             InvalidRequestError: A value is out of range.
@@ -106,9 +112,10 @@ class OpenPrefix:
             raise InvalidRequestError(f"position {position}: expected at most {_MAX_POSITION}")
         if self._turn is None:
             raise RuntimeError("submit before join")
-        self._batcher.submit(
+        return self._batcher.submit(
             self._turn,
             WaitingQuery(prefix, layer, num_tokens, queries, position, request_id, timeout_ms),
+            here=here,
         )
 
     def close(self) -> None:
@@ -142,7 +149,7 @@ class Attention:
         self._max_bytes = config.max_message_bytes // 2
         pool = store.memory.pool_bytes
         self.batcher = AttendBatcher(
-            lambda: AttendCompute(pool),
+            lambda: AttendCompute.lanes(pool),
             counters,
             max_waiting=config.attend_queue,
             max_batch=config.attend_batch,

@@ -63,6 +63,12 @@ class Counters:
         with self._lock:
             self._values[name] += amount
 
+    def add_all(self, **amounts: int) -> None:
+        """Adds to several counters at once."""
+        with self._lock:
+            for name, amount in amounts.items():
+                self._values[name] += amount
+
     def snapshot(self) -> dict[str, int]:
         """All counters."""
         with self._lock:

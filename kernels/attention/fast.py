@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,10 @@ from polarcache.kernels.codec import Codec
 from polarcache.kernels.errors import ShapeError
 from polarcache.kernels.profile import ArcPair, Integer, Pair
 
-__all__ = ["FastDecode"]
+if TYPE_CHECKING:
+    from polarcache.kernels.attention.cuda.module import BoundKernel
+
+__all__ = ["FastDecode", "PreparedDecode"]
 
 _GROUP_TOKENS = 128
 _LOG2_E = math.log2(math.e)
@@ -37,6 +41,8 @@ _LEAST_GROUPS = 8
 _EVEN = 1.25
 
 
+# Where the fields' places are in the kernel's arguments.
+_FIRST_FIELD = 8
 _launches = itertools.count()
 
 
@@ -53,8 +59,40 @@ class _Plan:
     splits: int
 
 
+class PreparedDecode:
+    """A launch of the fast form over tensors that stay where they are; not thread-safe.
+
+    Args:
+        bound: the kernel with its arguments.
+        offsets: first byte of each field in a slice, as the kernel takes them.
+    """
+
+    __slots__ = ("_bound", "_fields", "_mark")
+
+    def __init__(self, bound: BoundKernel, offsets: Sequence[int]) -> None:
+        self._bound = bound
+        fields = bound.values[_FIRST_FIELD : _FIRST_FIELD + len(offsets)]
+        self._fields = list(zip(fields, offsets, strict=True))
+        self._mark = bound.values[-1]
+
+    def __call__(self, slice_offset: int, stream: int) -> None:
+        """Launches on a stream of the device that is current in this thread.
+
+        Args:
+            slice_offset: first byte of the layer's slice in every page, a multiple of 16.
+            stream: the driver's handle.
+
+        Raises:
+            RuntimeError: the driver refuses the launch.
+        """
+        for field, offset in self._fields:
+            field.value = slice_offset + offset
+        self._mark.value = _next_mark()
+        self._bound(stream)
+
+
 class FastDecode:
-    """Launches the fast form for one codec, head count and options; thread-safe."""
+    """Prepares launches of the fast form for one codec, head count and options; thread-safe."""
 
     def __init__(self, codec: Codec, query_heads: int, options: AttentionOptions) -> None:
         """Collects the kernel's constants.
@@ -118,10 +156,10 @@ class FastDecode:
         )
         return blocks * self._partial_bytes(tiles)
 
-    def launch(
+    def prepare(
         self, query: Tensor, batch: PrefixBatch, out: Tensor, lse: Tensor, workspace: Tensor | None
-    ) -> None:
-        """Launches the kernel on the current stream; arguments as for `PrefixAttention`.
+    ) -> PreparedDecode:
+        """Returns a launch for any slice offset; arguments as for `PrefixAttention`.
 
         Raises:
             ShapeError: the workspace is missing, too small or on another device.
@@ -151,20 +189,21 @@ class FastDecode:
             workspace is None or len(workspace) < needed or workspace.device != query.device
         ):
             raise ShapeError(f"workspace: expected {needed} bytes on {query.device}")
-        first = batch.slice_offset
+        fields = (
+            offsets["key_codes"],
+            offsets["key_arcs" if self._arcs else "key_parameters"],
+            offsets.get("key_radii", 0),
+            offsets["value_codes"],
+            offsets["value_parameters"],
+        )
         arguments: tuple[Any, ...] = (
             query.data_ptr(), batch.memory.data_ptr(), batch.page_table.data_ptr(),
             batch.lengths.data_ptr(), batch.query_starts.data_ptr(), out.data_ptr(),
-            lse.data_ptr(), 0 if workspace is None else workspace.data_ptr(),
-            first + offsets["key_codes"],
-            first + offsets["key_arcs" if self._arcs else "key_parameters"],
-            first + offsets.get("key_radii", 0),
-            first + offsets["value_codes"],
-            first + offsets["value_parameters"],
+            lse.data_ptr(), 0 if workspace is None else workspace.data_ptr(), *fields,
             batch.num_sequences, batch.page_table.shape[1], self._query_heads, shape.kv_heads,
-            column_tiles, plan.splits, *self._scales, _next_mark(),
+            column_tiles, plan.splits, *self._scales, 0,
         )  # fmt: skip
-        kernel.launch(device, plan.blocks, arguments)
+        return PreparedDecode(kernel.bind(plan.blocks, arguments), fields)
 
     def _partial_bytes(self, tiles: int) -> int:
         """Returns the bytes that a block hands over: sums and two numbers a column, marked."""

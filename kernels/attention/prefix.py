@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polarcache.kernels.attention import plain
 from polarcache.kernels.attention.batch import PrefixBatch
-from polarcache.kernels.attention.fast import FastDecode
+from polarcache.kernels.attention.fast import FastDecode, PreparedDecode
 from polarcache.kernels.attention.options import AttentionOptions
 from polarcache.kernels.codec import Codec
 from polarcache.kernels.errors import ShapeError
@@ -111,30 +111,59 @@ class PrefixAttention:
         self._check(query, batch, out, lse)
         if not query.shape[0]:
             return
-        capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (0, 0)
-        if capability[0] == _FAST_CAPABILITY and self._launched_fast(
-            query, batch, out, lse, workspace
-        ):
+        prepared = None
+        if _has_fast_form(query.device):
+            prepared = self._prepared(query, batch, out, lse, workspace)
+        if prepared is not None:
+            with torch.cuda.device(query.device):
+                prepared(batch.slice_offset, torch.cuda.current_stream().cuda_stream)
             return
-        if capability >= _TRITON_CAPABILITY:
+        if query.is_cuda and torch.cuda.get_device_capability(query.device) >= _TRITON_CAPABILITY:
             self._portable_form().attend(query, batch, out, lse, workspace)
         else:
             plain.attend(self.codec, query, batch, self.options, out, lse)
 
-    def _launched_fast(
+    def prepare(
+        self,
+        query: Tensor,
+        batch: PrefixBatch,
+        out: Tensor,
+        lse: Tensor,
+        workspace: Tensor | None = None,
+    ) -> PreparedDecode | None:
+        """Returns the launch of a call that will be repeated over the same tensors, checked once.
+
+        Args:
+            query: as for a call.
+            batch: as for a call; `slice_offset` is given to each launch instead.
+            out: as for a call.
+            lse: as for a call.
+            workspace: as for a call.
+
+        Returns:
+            The launch; None where calls alone will do, since the fast form does not serve them.
+
+        Raises:
+            ShapeError: a tensor differs from what a call takes.
+        """
+        self._check(query, batch, out, lse)
+        if not query.shape[0] or not _has_fast_form(query.device):
+            return None
+        return self._prepared(query, batch, out, lse, workspace)
+
+    def _prepared(
         self, query: Tensor, batch: PrefixBatch, out: Tensor, lse: Tensor, workspace: Tensor | None
-    ) -> bool:
-        """Launches the fast form; False where it does not cover the call or cannot be compiled."""
+    ) -> PreparedDecode | None:
+        """Prepares the fast form; None where it does not cover the call or cannot be compiled."""
         if self._fast is None:
-            return False
+            return None
         try:
-            self._fast.launch(query, batch, out, lse, workspace)
+            return self._fast.prepare(query, batch, out, lse, workspace)
         except (ImportError, RuntimeError) as error:
             # No CUDA bindings, no NVRTC, or a source that they refuse: the same answer, slower.
             _warn_of_slow_form(f"{type(error).__name__}: {error}")
             self._fast = None
-            return False
-        return True
+            return None
 
     def _portable_form(self) -> PortableAttention:
         """Returns the Triton kernels, for the visible device with the most multiprocessors."""
@@ -164,6 +193,13 @@ class PrefixAttention:
         if out.dtype != torch.float32 or lse.dtype != torch.float32:
             raise ShapeError(f"out {out.dtype}, lse {lse.dtype}: expected float32")
         batch.check(rows, window=bool(self.options.window))
+
+
+def _has_fast_form(device: torch.device) -> bool:
+    """Returns whether a device is of the kind that the fast form is for."""
+    return device.type == "cuda" and (
+        torch.cuda.get_device_capability(device)[0] == _FAST_CAPABILITY
+    )
 
 
 @functools.cache

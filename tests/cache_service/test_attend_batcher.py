@@ -33,13 +33,20 @@ class HeldBack:
     begun: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     fails: bool = False
 
-    def run(self, requests: Sequence[WaitingQuery]) -> Computed:
+    def begin(self, requests: Sequence[WaitingQuery]) -> None:
+        self.requests = requests
         self.launches.append(sorted(request.request_id for request in requests))
         self.begun.release()
         assert self.go.acquire(timeout=20)
         if self.fails:
             raise RuntimeError("the kernel failed")
-        return Computed([(memoryview(b"o"), memoryview(b"l"))] * len(requests), 5)
+
+    def is_done(self) -> bool:
+        return True
+
+    def finish(self) -> Computed[WaitingQuery]:
+        requests = self.requests
+        return Computed(requests, [(memoryview(b"o"), memoryview(b"l"))] * len(requests), 5)
 
 
 class Stream:
@@ -48,7 +55,9 @@ class Stream:
     def __init__(self, batcher: AttendBatcher, name: int, kind: Any = KIND) -> None:
         self.batcher = batcher
         self.turn = batcher.join(self, kind)
-        self.prefix: Any = SimpleNamespace(kind=kind, identity=bytes([name]), slice_bytes=256)
+        self.prefix: Any = SimpleNamespace(
+            kind=kind, identity=bytes([name]), first_unit=name, slice_bytes=256
+        )
         self.answered: list[int] = []
         self.refused: list[PolarCacheError] = []
 
@@ -77,7 +86,7 @@ def make() -> Iterator[Make]:
     def make(**options: int) -> tuple[AttendBatcher, HeldBack]:
         compute: Any = HeldBack()
         options = {"max_waiting": 100, "max_batch": 8, "window_us": 0} | options
-        made.append((AttendBatcher(lambda: compute, Counters(), **options), compute))
+        made.append((AttendBatcher(lambda: [compute], Counters(), **options), compute))
         return made[-1]
 
     yield make

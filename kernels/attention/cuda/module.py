@@ -12,7 +12,7 @@ from cuda.bindings import driver
 
 from polarcache.kernels.attention.cuda.compiler import compile_source
 
-__all__ = ["Kernel"]
+__all__ = ["BoundKernel", "Kernel"]
 
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int, ctypes.c_float
 _TYPES = (_P,) * 8 + (_L,) * 5 + (_I,) * 6 + (_F,) * 2 + (ctypes.c_uint,)
@@ -76,25 +76,43 @@ class Kernel:
             )
             return cls(function, 32 * macros["WARPS"], value.value)
 
-    def launch(self, device: int, blocks: int, arguments: tuple[Any, ...]) -> None:
-        """Launches on the current stream.
+    def bind(self, blocks: int, arguments: tuple[Any, ...]) -> BoundKernel:
+        """Returns a launch with its arguments laid out for the driver.
 
         Args:
-            device: index of the CUDA device.
             blocks: thread blocks.
             arguments: the kernel's arguments, pointers as integers.
+        """
+        return BoundKernel(self, blocks, arguments)
+
+
+class BoundKernel:
+    """A launch that is repeated; not thread-safe.
+
+    Attributes:
+        values: the kernel's arguments, which may be changed between launches.
+    """
+
+    __slots__ = ("_addresses", "_grid", "_where", "values")
+
+    def __init__(self, kernel: Kernel, blocks: int, arguments: tuple[Any, ...]) -> None:
+        """Lays the arguments out; see `Kernel.bind`."""
+        self.values = [kind(value) for kind, value in zip(_TYPES, arguments, strict=True)]
+        addresses = [ctypes.addressof(value) for value in self.values]
+        self._addresses = (ctypes.c_void_p * len(addresses))(*addresses)
+        self._where = ctypes.addressof(self._addresses)
+        self._grid = (kernel.function, blocks, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes)
+
+    def __call__(self, stream: int) -> None:
+        """Launches on a stream of the device that is current in this thread.
+
+        Args:
+            stream: the driver's handle.
 
         Raises:
             RuntimeError: the driver refuses the launch.
         """
-        with torch.cuda.device(device):
-            stream = torch.cuda.current_stream().cuda_stream
-            _checked(
-                driver.cuLaunchKernel(
-                    self.function, blocks, 1, 1, self.threads, 1, 1, self.shared_bytes, stream,
-                    (arguments, _TYPES), 0,
-                )
-            )  # fmt: skip
+        _checked(driver.cuLaunchKernel(*self._grid, stream, self._where, 0))
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

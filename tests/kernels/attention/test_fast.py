@@ -1,14 +1,16 @@
+import ctypes
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from polarcache.kernels import BlockShape, Profile
-from polarcache.kernels.attention.fast import FastDecode
+from polarcache.kernels.attention.fast import FastDecode, PreparedDecode
 from polarcache.kernels.attention.options import AttentionOptions
 from polarcache.kernels.codec import Codec
 from tests.kernels.attention.reference import store
@@ -127,6 +129,40 @@ def test_compiles_for_hopper_without_a_gpu(compiler: ModuleType, changes: dict[s
     assert binary.startswith(b"\x7fELF")
 
 
+def test_a_bound_launch_hands_the_driver_what_its_values_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("cuda.bindings")
+    from polarcache.kernels.attention.cuda import module
+
+    seen: list[tuple[Any, ...]] = []
+
+    def launch(*arguments: Any) -> tuple[Any]:
+        *grid, stream, addresses, extra = arguments
+        pointers = ctypes.cast(addresses, ctypes.POINTER(ctypes.c_void_p))
+        read = [
+            ctypes.cast(pointers[i], ctypes.POINTER(kind)).contents.value or 0
+            for i, kind in enumerate(module._TYPES)
+        ]
+        seen.append((grid, stream, extra, read))
+        return (module.driver.CUresult.CUDA_SUCCESS,)
+
+    monkeypatch.setattr(module.driver, "cuLaunchKernel", launch)
+    numbers = list(range(1, len(module._TYPES) + 1))
+    bound = module.Kernel("function", 512, 4096).bind(7, tuple(numbers))
+    prepared = PreparedDecode(bound, [10, 20, 30, 40, 50])
+    for slice_offset, stream in ((0, 1), (1000, 2)):
+        prepared(slice_offset, stream)
+        grid, told_stream, extra, read = seen[-1]
+        assert grid == ["function", 7, 1, 1, 512, 1, 1, 4096]
+        assert (told_stream, extra) == (stream, 0)
+        assert read[:8] == numbers[:8]
+        assert read[8:13] == [slice_offset + offset for offset in (10, 20, 30, 40, 50)]
+        assert read[13:-1] == numbers[13:-1]
+    # Every launch has a mark of its own.
+    assert seen[0][3][-1] != seen[1][3][-1]
+
+
 def test_what_does_not_compile_says_why(compiler: ModuleType) -> None:
     with pytest.raises(compiler.CompileError, match="radius must become fp16"):
         compiler.compile_source("decode.cu", MACROS | {"ANGLE_BITS": 6}, "sm_90")
@@ -167,14 +203,14 @@ def test_without_the_compiler_the_portable_form_serves_with_one_warning(
     query = torch.zeros(1, 32, 128)
     out, lse = torch.empty(1, 32, 128), torch.empty(1, 32)
 
-    def launch(*_: object) -> None:
+    def prepare(*_: object) -> None:
         raise ImportError("No module named 'cuda'")
 
-    monkeypatch.setattr(FastDecode, "launch", launch)
+    monkeypatch.setattr(FastDecode, "prepare", prepare)
     with pytest.warns(RuntimeWarning, match=r"portable kernels serve.*cuda-bindings"):
-        assert not attention._launched_fast(query, stored.batch, out, lse, None)
+        assert attention._prepared(query, stored.batch, out, lse, None) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not attention._launched_fast(query, stored.batch, out, lse, None)
+        assert attention._prepared(query, stored.batch, out, lse, None) is None
         again = prefix.PrefixAttention(attention.codec, 32)
-        assert not again._launched_fast(query, stored.batch, out, lse, None)
+        assert again._prepared(query, stored.batch, out, lse, None) is None
