@@ -188,6 +188,7 @@ def figures(load: Load, seconds: float) -> dict[str, float]:
         "queue_us": round(median(load.queue_us), 1),
         "kernel_us": round(median(load.kernel_us), 1),
         "batch_requests": round(statistics.mean(load.batch_requests), 1),
+        "slowest_ms": round(max(load.round_trip_us) / 1e3, 1),
     }
 
 
@@ -260,7 +261,7 @@ def main() -> None:
     if long_streams is None:
         long_streams = 32 if is_cuda else 0
     processes = options.processes or max(1, min(16, (os.cpu_count() or 2) - 4))
-    counts = [int(count) for count in options.streams.split(",")]
+    counts = [int(count) for count in options.streams.split(",") if count]
     # Child processes first: they must not inherit gRPC's threads.
     crew = Crew(processes)
     servers = start_servers(options.device) if options.rounds else {}
@@ -276,11 +277,14 @@ def main() -> None:
         job = short_job(endpoints[0], options.device, options.seconds)
         result: dict[str, Any] = {
             "device": torch.cuda.get_device_name() if is_cuda else "cpu",
-            "round_trips": round_trips(job, servers, options.rounds, options.count)
-            if servers
-            else {},
-            "concurrency": concurrency(job, crew, counts, processes),
         }
+        if servers:
+            result["round_trips"] = round_trips(job, servers, options.rounds, options.count)
+        # While they end they take the cores.
+        while servers:
+            servers.popitem()[1].close()
+        if counts:
+            result["concurrency"] = concurrency(job, crew, counts, processes)
         if long_streams:
             num_blocks = options.long_tokens // LONG["block_tokens"]
             jobs = {

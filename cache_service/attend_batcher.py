@@ -232,7 +232,7 @@ class AttendBatcher:
         with self._lock:
             self._lanes.append(lane)
             self._is_lent = False
-            if self._is_polling:
+            if self._is_polling and self._turns.num_waiting:
                 self._wake()
 
     # -- the thread -------------------------------------------------------------------------

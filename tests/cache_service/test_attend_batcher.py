@@ -1,5 +1,8 @@
 """The batcher with a compute that the test holds back: company, turns, bounds, ends."""
 
+import queue
+import random
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from polarcache.cache_service import attend_batcher
 from polarcache.cache_service.attend_batcher import AttendBatcher
 from polarcache.cache_service.attend_compute import Computed
 from polarcache.cache_service.attend_queries import Launch, WaitingQuery
@@ -32,9 +36,11 @@ class HeldBack:
     go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     begun: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     fails: bool = False
+    threads: set[int] = field(default_factory=set)
 
     def begin(self, requests: Sequence[WaitingQuery]) -> None:
         self.requests = requests
+        self.threads.add(threading.get_ident())
         self.launches.append(sorted(request.request_id for request in requests))
         self.begun.release()
         assert self.go.acquire(timeout=20)
@@ -61,9 +67,11 @@ class Stream:
         self.answered: list[int] = []
         self.refused: list[PolarCacheError] = []
 
-    def ask(self, request_id: int, num_tokens: int = 1, timeout_ms: int = 0) -> None:
+    def ask(
+        self, request_id: int, num_tokens: int = 1, timeout_ms: int = 0, here: bool = False
+    ) -> bool:
         query = WaitingQuery(self.prefix, 0, num_tokens, b"", 0, request_id, timeout_ms)
-        self.batcher.submit(self.turn, query)
+        return self.batcher.submit(self.turn, query, here=here)
 
     def answer(
         self, request: WaitingQuery, launch: Launch, out: memoryview, lse: memoryview
@@ -258,3 +266,126 @@ def test_a_launch_waits_for_a_stream_that_is_due_and_only_for_that(make: Make, u
     one.ask(7)
     until(lambda: one.answered[-1] == 7)
     assert time.monotonic() - start_s < window_s * 2
+
+
+def test_a_stream_that_is_alone_may_compute_for_itself(make: Make, until: Any) -> None:
+    batcher, compute = make()
+    one, two = Stream(batcher, 1), Stream(batcher, 2)
+    for _ in range(100):
+        compute.go.release()
+    # The first is timed by the batcher's thread.
+    assert not one.ask(0, here=True)
+    until(lambda: one.answered == [0])
+    time.sleep(2 * attend_batcher._ALONE_S)
+    assert one.ask(1, here=True)
+    assert one.answered == [0, 1]
+    assert not one.ask(2)
+    until(lambda: one.answered == [0, 1, 2])
+    # Not when another asked a moment ago, and not when it takes long.
+    two.ask(3)
+    until(lambda: two.answered == [3])
+    assert not one.ask(4, here=True)
+    until(lambda: one.answered[-1] == 4)
+    time.sleep(2 * attend_batcher._ALONE_S)
+    one.turn.took_s = 1.0
+    assert not one.ask(5, here=True)
+    until(lambda: one.answered[-1] == 5)
+    assert len(compute.threads) == 2
+
+
+def test_what_comes_while_one_computes_for_itself_waits_for_it(make: Make, until: Any) -> None:
+    batcher, compute = make()
+    one, two = Stream(batcher, 1), Stream(batcher, 2)
+    compute.go.release()
+    one.ask(0)
+    until(lambda: one.answered == [0])
+    time.sleep(2 * attend_batcher._ALONE_S)
+    thread = threading.Thread(target=one.ask, args=(1,), kwargs={"here": True})
+    thread.start()
+    until(lambda: compute.launches[-1] == [1])
+    assert not two.ask(2, here=True)
+    time.sleep(0.02)
+    assert compute.launches == [[0], [1]]
+    compute.go.release()
+    thread.join(20)
+    compute.go.release()
+    until(lambda: two.answered == [2])
+    assert one.answered == [0, 1]
+
+
+class Ringing:
+    """A watched socket whose bytes are requests, as those of workers on the same host are."""
+
+    def __init__(self, stream: Stream, connection: socket.socket) -> None:
+        self.stream, self.connection = stream, connection
+
+    def fileno(self) -> int:
+        return self.connection.fileno()
+
+    def on_readable(self) -> None:
+        for number in self.connection.recv(64):
+            self.stream.ask(number)
+
+    def on_tick(self, now_s: float) -> None:
+        pass
+
+    def on_close(self) -> None:
+        self.stream.batcher.unwatch(self.fileno())
+
+
+class Telling(Stream):
+    """Lets its worker's thread wait for what it is told."""
+
+    def __init__(self, batcher: AttendBatcher, name: int) -> None:
+        super().__init__(batcher, name)
+        self.told: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def answer(self, *answer: Any) -> None:
+        super().answer(*answer)
+        self.told.put(self.answered[-1])
+
+
+@pytest.mark.parametrize("spin_s", [0.0, 1e-4], ids=["sleeps", "spins"])
+@pytest.mark.parametrize("num_streams", [1, 2, 6])
+def test_no_wake_up_is_lost(
+    make: Make, monkeypatch: pytest.MonkeyPatch, spin_s: float, num_streams: int
+) -> None:
+    # Without its tick a thread that missed a wake-up sleeps for good.
+    monkeypatch.setattr(attend_batcher, "_TICK_S", 1e6)
+    monkeypatch.setattr(attend_batcher, "_SPIN_S", spin_s)
+    monkeypatch.setattr(attend_batcher, "_SPARE_CORES", 1)
+    monkeypatch.setattr(attend_batcher, "_ALONE_S", 2e-4)
+    batcher, compute = make(window_us=200)
+    num_requests = 1200 // num_streams
+    for _ in range(num_streams * num_requests):
+        compute.go.release()
+    streams = [Telling(batcher, number) for number in range(num_streams)]
+    late: list[tuple[int, int]] = []
+
+    def work(number: int) -> None:
+        stream, pauses = streams[number], random.Random(number)
+        here, there = socket.socketpair()
+        with here, there:
+            if number % 2:
+                batcher.watch(Ringing(stream, there))
+            for i in range(num_requests):
+                request_id = i % 256
+                if number % 2:
+                    here.send(bytes([request_id]))
+                else:
+                    stream.ask(request_id, here=bool(i % 3))
+                try:
+                    assert stream.told.get(timeout=5) == request_id
+                except queue.Empty:
+                    late.append((number, i))
+                    return
+                # Pauses about as long as what they race with.
+                time.sleep(pauses.choice((0.0, 0.0, 1e-5, 2e-4, 1e-3)))
+            batcher.unwatch(there.fileno())
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(num_streams)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not late
