@@ -20,7 +20,15 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from polarcache.cache_service.attend_plan import LayerQuery, Plan, Staging, grown
+from polarcache.cache_service.attend_plan import (
+    LayerQuery,
+    Plan,
+    PlanShape,
+    Staging,
+    arrange,
+    grown,
+)
+from polarcache.cache_service.attend_tables import Run, TableShape, split_shared
 from polarcache.kernels.attention.batch import PAGE_UNIT_BYTES
 from polarcache.kernels.attention.merge import merge_states
 
@@ -56,7 +64,7 @@ class AttendCompute:
 
     Args:
         pool: All pages, uint8.
-        worth_bytes: As for `Plan`. None for the device's own.
+        worth_bytes: As for `split_shared`. None for the device's own.
         stream: CUDA stream; None for one of its own.
     """
 
@@ -73,10 +81,8 @@ class AttendCompute:
         self._inputs = Staging(pool.device)
         self._outputs = Staging(pool.device)
         self._workspace: torch.Tensor | None = None
-        # Streams that decode come again in the same company: most launches find their plan.
-        self._plans: dict[tuple[object, ...], Plan] = {}
-        # Whose page tables lie in the input, and for which layers.
-        self._written: tuple[Plan, tuple[int, ...]] | None = None
+        # Launches differ by their sizes alone: most find their plan.
+        self._plans: dict[PlanShape, Plan] = {}
         self._under_way: tuple[Plan, Sequence[LayerQuery]] | None = None
         self._kernel_ns = 0
         self._is_cuda = pool.is_cuda
@@ -108,20 +114,17 @@ class AttendCompute:
 
     def begin(self, requests: Sequence[LayerQuery]) -> None:
         """Launches requests of one launch key; on the CPU, computes them. `finish` must follow."""
+        first = requests[0]
+        slice_offset = first.layer * first.prefix.slice_bytes
+        is_mixed = False
         if len(requests) > 1:
             requests = sorted(requests, key=_by_place)
-        plan = self._plan_of(requests)
-        layer = requests[0].layer
-        layers = tuple([one.layer for one in requests])
-        slice_offset = layer * requests[0].prefix.slice_bytes
-        if layers.count(layer) == len(layers):
-            layers = ()
-        else:
-            slice_offset %= PAGE_UNIT_BYTES
-        if (plan, layers) != self._written:
-            plan.write_tables(layers)
-            self._written = (plan, layers)
-        plan.write_queries(requests)
+            is_mixed = any(one.layer != first.layer for one in requests)
+            if is_mixed:
+                slice_offset %= PAGE_UNIT_BYTES
+        tables = self._tables_of(requests, is_mixed=is_mixed)
+        plan = self._plan_of(requests, tables)
+        plan.write(requests, tables)
         if self._is_cuda:
             is_home = self._home_thread == threading.get_ident()
             with nullcontext() if is_home else torch.cuda.stream(self._stream):
@@ -155,7 +158,7 @@ class AttendCompute:
         if self._is_cuda:
             self._done.synchronize()
             self._kernel_ns = int(self._begin.elapsed_time(self._end) * 1e6)
-        return Computed(requests, plan.answers, self._kernel_ns)
+        return Computed(requests, plan.answers(requests), self._kernel_ns)
 
     def _launch(self, plan: Plan, slice_offset: int) -> None:
         attention = plan.attention
@@ -182,16 +185,32 @@ class AttendCompute:
             out.copy_(merged_out)
             lse.copy_(merged_lse)
 
-    def _plan_of(self, requests: Sequence[LayerQuery]) -> Plan:
-        key = Plan.shape_of(requests)
-        found = self._plans.get(key)
-        if found is not None:
-            return found
-        plan = Plan(requests, self._worth_bytes)
-        self._place(plan)
-        if len(self._plans) >= _MAX_PLANS:
-            self._plans.clear()
-        self._plans[key] = plan
+    def _tables_of(
+        self, requests: Sequence[LayerQuery], *, is_mixed: bool
+    ) -> tuple[Sequence[Run], ...]:
+        """The runs of one page table; of two where leading pages are to be read once."""
+        runs = arrange(requests, in_tables=is_mixed)
+        # Positions count from a sequence's first token: with a window it cannot be cut.
+        if self._worth_bytes is not None and len(runs) > 1:
+            prefix = requests[0].prefix
+            if not prefix.kind.options.window:
+                block_tokens = prefix.namespace.spec.layout.block_tokens
+                split = split_shared(runs, block_tokens, prefix.slice_bytes, self._worth_bytes)
+                if split is not None:
+                    return split
+        return (runs,)
+
+    def _plan_of(self, requests: Sequence[LayerQuery], tables: Sequence[Sequence[Run]]) -> Plan:
+        num_rows = sum([run.num_rows for run in tables[0]])
+        prefix = requests[0].prefix
+        shape = PlanShape(prefix.kind, num_rows, tuple([TableShape.of(runs) for runs in tables]))
+        plan = self._plans.get(shape)
+        if plan is None:
+            plan = Plan(shape, prefix)
+            self._place(plan)
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.clear()
+            self._plans[shape] = plan
         return plan
 
     def _place(self, plan: Plan) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from polarcache.cache_service.attend_prefix import AttendKind, HeldPrefix
-from polarcache.cache_service.attend_tables import PageTable, Run, split_shared
+from polarcache.cache_service.attend_tables import PageTable, Run, TableShape
 from polarcache.kernels.attention.batch import PAGE_UNIT_BYTES, PrefixBatch
 from polarcache.kernels.attention.fast import PreparedDecode
 from polarcache.proto.frames import Buffer
 
-__all__ = ["LayerQuery", "Plan", "Staging", "grown"]
+__all__ = ["LayerQuery", "Plan", "PlanShape", "Staging", "arrange", "grown"]
 
 _ALIGNMENT_BYTES = 256
 _SMALLEST_BYTES = 1 << 16
@@ -88,66 +88,64 @@ class Staging:
         return self._pinned[:num_bytes], self.device[:num_bytes]
 
 
+class PlanShape(NamedTuple):
+    """What a plan depends on: launches of equal ones share it.
+
+    Attributes:
+        kind: Kind of the requests.
+        num_rows: Query tokens of all requests.
+        tables: Shape of the page table, or of two: of what is shared, and of the rest.
+    """
+
+    kind: AttendKind
+    num_rows: int
+    tables: tuple[TableShape, ...]
+
+
 class Plan:
-    """One launch's places. `place` first; then any number of `write_*` and launches.
+    """One launch's places in the buffers.
 
     Input: the page tables, int32; positions [rows], int32, where there is a window; then, aligned,
     the queries. Output, fp32: out [rows, Hq, Dv], lse [rows, Hq]; and on the device alone the same
-    once more where there are two tables. Requests for the same layer of the same prefix are one
-    run of rows. Requests of equal `shape_of` have one plan, whatever their layers are: these are
-    written into the page tables where they differ.
+    once more where there are two tables.
 
     Args:
-        requests: The requests, in the order of `LayerQuery.place`.
-        worth_bytes: How many bytes less must be read for leading pages that differing prefixes
-            share to be read once, in a launch of their own. None for never.
+        shape: Of its launches.
+        prefix: A prefix of the kind.
 
     Attributes:
         attention: Computes it.
-        num_rows: Query tokens of all requests.
-        tables: One page table, or two: of what is shared, and of the rest.
         input_bytes: Bytes of the input.
         output_bytes: Bytes of the output that are of use to the host.
         staged_output_bytes: Bytes of the whole output.
         workspace_bytes: Bytes of scratch memory of a launch.
-        query: [rows, Hq, D] in the input, on the device.
+        query: [rows, Hq, D] in the input, on the device; after `place`, as what follows.
         states: (out fp32 [rows, Hq, Dv], lse fp32 [rows, Hq]) for each table, on the device.
-        answers: For each request the bytes of its rows of out and lse, on the host.
         launches: For each table its kernel with all arguments but the layer, None where it has
             none; None altogether before the first launch.
     """
 
     query: torch.Tensor
     states: list[tuple[torch.Tensor, torch.Tensor]]
-    answers: list[tuple[memoryview, memoryview]]
+    launches: list[PreparedDecode | None] | None = None
 
-    def __init__(self, requests: Sequence[LayerQuery], worth_bytes: int | None = None) -> None:
-        first = requests[0]
-        prefix = self._prefix = first.prefix
-        kind = prefix.kind
+    def __init__(self, shape: PlanShape, prefix: HeldPrefix) -> None:
+        kind, num_rows, tables = shape
+        self._shape = shape
+        self._prefix = prefix
         self.attention = kind.attention
-        self.launches: list[PreparedDecode | None] | None = None
         self._has_window = bool(kind.options.window)
-        runs = self._arrange(requests)
-        self.num_rows = sum(run.num_rows for run in runs)
-        self.tables = [PageTable(runs)]
-        # Positions count from a sequence's first token: with a window it cannot be cut.
-        if worth_bytes is not None and len(runs) > 1 and not self._has_window:
-            block_tokens = prefix.namespace.spec.layout.block_tokens
-            split = split_shared(runs, block_tokens, prefix.slice_bytes, worth_bytes)
-            if split is not None:
-                self.tables = [PageTable(part) for part in split]
-        num_words = sum(table.num_words for table in self.tables)
-        num_words += self.num_rows if self._has_window else 0
+        num_words = sum(table.num_words for table in tables)
+        num_words += num_rows if self._has_window else 0
         self._query_start = -(-num_words * 4 // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        self.input_bytes = self._query_start + self.num_rows * prefix.query_token_bytes
-        self.output_bytes = self.num_rows * prefix.answer_token_bytes
-        self.staged_output_bytes = self.output_bytes * len(self.tables)
+        self.input_bytes = self._query_start + num_rows * prefix.query_token_bytes
+        self.output_bytes = num_rows * prefix.answer_token_bytes
+        self.staged_output_bytes = self.output_bytes * len(tables)
         self.workspace_bytes = max(
             kind.attention.workspace_bytes(
-                self.num_rows, table.num_sequences, table.max_pages, table.max_rows
+                num_rows, table.num_sequences, table.max_pages, table.max_rows
             )
-            for table in self.tables
+            for table in tables
         )
 
     def place(self, inputs: Staging, outputs: Staging) -> None:
@@ -155,63 +153,52 @@ class Plan:
         self._place_input(inputs)
         self._input_pair = inputs.pair(self.input_bytes)
         self._output_pair = outputs.pair(self.output_bytes)
-        prefix = self._prefix
+        prefix, num_rows = self._prefix, self._shape.num_rows
         heads, v_head_dim = prefix.kind.query_heads, prefix.v_head_dim
-        out_bytes = self.num_rows * heads * v_head_dim * 4
+        out_bytes = num_rows * heads * v_head_dim * 4
         self.states = []
-        for number in range(len(self.tables)):
+        for number in range(len(self._shape.tables)):
             start = number * self.output_bytes
             words = outputs.device[start : start + self.output_bytes].view(torch.float32)
-            out = words[: out_bytes // 4].view(self.num_rows, heads, v_head_dim)
-            self.states.append((out, words[out_bytes // 4 :].view(self.num_rows, heads)))
+            out = words[: out_bytes // 4].view(num_rows, heads, v_head_dim)
+            self.states.append((out, words[out_bytes // 4 :].view(num_rows, heads)))
         host = outputs.host.data
-        out_row, lse_row = heads * v_head_dim * 4, heads * 4
-        self.answers = [
-            (
-                host[row * out_row : end * out_row],
-                host[out_bytes + row * lse_row : out_bytes + end * lse_row],
-            )
-            for row, end in self._spans
-        ]
+        self._out, self._lse = host[:out_bytes], host[out_bytes : self.output_bytes]
+        self._row_bytes = heads * v_head_dim * 4, heads * 4
 
-    @staticmethod
-    def shape_of(requests: Sequence[LayerQuery]) -> tuple[object, ...]:
-        """What of the requests a plan depends on; they are in the order of `LayerQuery.place`."""
-        first = requests[0]
-        shape: list[object] = [first.prefix.kind]
-        unit = layer = -1
-        identity = b""
-        for one in requests:
-            prefix = one.prefix
-            if one.layer != layer or one.place[0] != unit:
-                boundary = 2
-            else:
-                boundary = 1 if prefix.identity != identity else 0
-            unit, layer, identity = one.place
-            shape += (identity, one.num_tokens, boundary)
-        return tuple(shape)
-
-    def write_tables(self, layers: Sequence[int]) -> None:
-        """Writes the page tables; they stay until another plan writes its own.
+    def write(self, requests: Sequence[LayerQuery], tables: Sequence[Sequence[Run]]) -> None:
+        """Writes the input.
 
         Args:
-            layers: Layer of each request, if they differ; else none.
+            requests: The requests, in the order of their rows.
+            tables: Runs of each page table.
         """
-        units = None
-        if layers:
-            offsets = np.array(layers, np.int64) * self._prefix.slice_bytes
-            units = (offsets // PAGE_UNIT_BYTES).astype(np.int32)
-        for table in self.tables:
-            table.write(units)
-
-    def write_queries(self, requests: Sequence[LayerQuery]) -> None:
-        """Writes what differs from launch to launch."""
-        for request, target in zip(requests, self._queries, strict=True):
-            target[:] = request.queries
+        for table, runs in zip(self._tables, tables, strict=True):
+            table.write(runs)
+        target, start = self._queries, 0
+        for request in requests:
+            end = start + len(request.queries)
+            target[start:end] = request.queries
+            start = end
         if self._has_window:
-            for request, (row, end) in zip(requests, self._spans, strict=True):
+            row = 0
+            for request in requests:
+                end = row + request.num_tokens
                 first = request.position
                 self._host_positions[row:end] = np.arange(first, first + end - row, dtype=np.int32)
+                row = end
+
+    def answers(self, requests: Sequence[LayerQuery]) -> list[tuple[memoryview, memoryview]]:
+        """For each request the bytes of its rows of out and lse, on the host."""
+        out, lse = self._out, self._lse
+        out_row, lse_row = self._row_bytes
+        views = []
+        row = 0
+        for request in requests:
+            end = row + request.num_tokens
+            views.append((out[row * out_row : end * out_row], lse[row * lse_row : end * lse_row]))
+            row = end
+        return views
 
     def upload(self) -> None:
         """Copies the input to the device, on the current stream."""
@@ -230,42 +217,52 @@ class Plan:
             pool: All pages.
             slice_offset: As in `PrefixBatch`.
         """
-        return [table.prefix_batch(pool, slice_offset, self._positions) for table in self.tables]
-
-    def _arrange(self, requests: Sequence[LayerQuery]) -> list[Run]:
-        """Gives every request its rows."""
-        self._spans: list[tuple[int, int]] = []
-        runs: list[Run] = []
-        row = group = 0
-        for place, members in groupby(enumerate(requests), key=lambda one: one[1].place):
-            begin = row
-            ids = []
-            for i, request in members:
-                self._spans.append((row, row + request.num_tokens))
-                row += request.num_tokens
-                ids.append(i)
-            prefix = requests[ids[0]].prefix
-            if runs and place[:2] != requests[runs[-1].request].place[:2]:
-                group += 1
-            runs.append(Run(prefix.page_units, prefix.num_tokens, row - begin, ids[0], group))
-        return runs
+        return [table.prefix_batch(pool, slice_offset, self._positions) for table in self._tables]
 
     def _place_input(self, inputs: Staging) -> None:
-        prefix, start = self._prefix, self._query_start
+        prefix, start, num_rows = self._prefix, self._query_start, self._shape.num_rows
         host = inputs.host[:start].view(np.int32)
         device = inputs.device[:start].view(torch.int32)
+        self._tables = []
         word = 0
-        for table in self.tables:
-            end = word + table.num_words
-            table.place(host[word:end], device[word:end])
+        for shape in self._shape.tables:
+            end = word + shape.num_words
+            self._tables.append(PageTable(shape, host[word:end], device[word:end]))
             word = end
-        end = word + self.num_rows
+        end = word + num_rows
         self._host_positions = host[word:end]
         self._positions = device[word:end] if self._has_window else None
         query = inputs.device[start : self.input_bytes].view(prefix.kind.query_dtype)
-        self.query = query.view(self.num_rows, prefix.kind.query_heads, prefix.head_dim)
-        view, size = inputs.host.data, prefix.query_token_bytes
-        self._queries = [view[start + row * size : start + end * size] for row, end in self._spans]
+        self.query = query.view(num_rows, prefix.kind.query_heads, prefix.head_dim)
+        self._queries = inputs.host.data[start : self.input_bytes]
+
+
+def arrange(requests: Sequence[LayerQuery], *, in_tables: bool) -> list[Run]:
+    """The runs of a launch: requests for the same layer of the same prefix are one.
+
+    Args:
+        requests: The requests, in the order of `LayerQuery.place`.
+        in_tables: Whether page tables hold the layers, which differ.
+    """
+    runs: list[Run] = []
+    group = num_rows = 0
+    first = requests[0]
+    for request in requests:
+        place, before = request.place, first.place
+        if place != before:
+            runs.append(_run(first, num_rows, group, in_tables=in_tables))
+            if place[:2] != before[:2]:
+                group += 1
+            first, num_rows = request, 0
+        num_rows += request.num_tokens
+    runs.append(_run(first, num_rows, group, in_tables=in_tables))
+    return runs
+
+
+def _run(first: LayerQuery, num_rows: int, group: int, *, in_tables: bool) -> Run:
+    prefix = first.prefix
+    units = first.layer * prefix.slice_bytes // PAGE_UNIT_BYTES if in_tables else 0
+    return Run(prefix.page_units, prefix.num_tokens, num_rows, units, group)
 
 
 def grown(num_bytes: int) -> int:

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from polarcache.kernels.errors import ShapeError
 
-__all__ = ["PAGE_UNIT_BYTES", "PrefixBatch"]
+__all__ = ["EVEN", "PAGE_UNIT_BYTES", "PrefixBatch", "typical_lengths"]
 
 # A page table counts in these units, so that 32 bits address 512 GiB.
 PAGE_UNIT_BYTES = 256
+# Sequences are even where the longest has at most this many times the mean's tokens.
+EVEN = 1.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,3 +99,21 @@ class PrefixBatch:
                 )
         if num_queries and not 1 <= self.max_rows <= num_queries:
             raise ShapeError(f"max_rows {self.max_rows}: expected 1 to {num_queries}")
+
+
+def typical_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
+    """Returns `known_lengths` for these and many other lengths, which shape a launch as these do.
+
+    Args:
+        lengths: valid tokens of each sequence.
+
+    Returns:
+        As many numbers: all the longest, rounded up by at most an eighth, where they are even;
+        else that and zeros.
+    """
+    longest = max(lengths)
+    step = 1 << max(0, longest.bit_length() - 4)
+    typical = -(-longest // step) * step
+    if longest * len(lengths) <= EVEN * sum(lengths):
+        return (typical,) * len(lengths)
+    return (typical,) + (0,) * (len(lengths) - 1)

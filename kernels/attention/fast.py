@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from polarcache.kernels.attention.batch import PrefixBatch
+from polarcache.kernels.attention.batch import EVEN, PrefixBatch
 from polarcache.kernels.attention.options import AttentionOptions
 from polarcache.kernels.codec import Codec
 from polarcache.kernels.errors import ShapeError
@@ -37,8 +37,6 @@ _WIDE = (2, 8, 4)
 # groups that take a block as long as one: its warps work on one each.
 _BLOCK_COST = 10
 _LEAST_GROUPS = 8
-# Sequences are even where the longest has at most this many times the mean's tokens.
-_EVEN = 1.25
 
 
 # Where the fields' places are in the kernel's arguments.
@@ -223,7 +221,7 @@ class FastDecode:
         tokens = batch.page_table.shape[1] * self._shape.tokens
         if known is not None and len(known) == batch.num_sequences:
             tokens = max(known)
-            if tokens * len(known) > _EVEN * sum(known):
+            if tokens * len(known) > EVEN * sum(known):
                 return _Plan(self._dealt_blocks(batch.num_sequences, column_tiles, processors), 0)
         return self._even_plan(max(1, -(-tokens // _GROUP_TOKENS)), parts, processors)
 

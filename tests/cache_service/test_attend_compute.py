@@ -130,7 +130,7 @@ def test_leading_pages_that_differing_prefixes_share_are_read_once() -> None:
                 expected = alone[requests.index(request)]
                 np.testing.assert_allclose(one, expected, atol=TOLERANCE)
             (plan,) = compute._plans.values()
-            assert len(plan.tables) == num_launches
+            assert len(plan.states) == num_launches
     mixed = [world.query(pages, tokens, layer, 1, 0) for pages, tokens in prefixes
              for layer in range(LAYERS)]  # fmt: skip
     alone = [answers(AttendCompute(world.pool), [one])[0] for one in mixed]
