@@ -15,12 +15,12 @@ from polarcache.kernels.calibration import Calibration
 from polarcache.kernels.codec import Codec
 from polarcache.kernels.errors import NonFiniteError as KernelNonFiniteError
 from polarcache.kernels.layout import BlockShape
-from polarcache.kernels.profile import Profile
+from polarcache.kernels.profile import Exact, Profile
 from polarcache.proto.errors import LayoutMismatchError, NonFiniteError
 from polarcache.proto.frames import Buffer
 from polarcache.proto.tensors import bytes_tensor, tensor_bytes
 
-__all__ = ["pack_blocks", "unpack_blocks"]
+__all__ = ["empty_unrounded", "pack_blocks", "unpack_blocks"]
 
 
 def pack_blocks(namespace: Namespace, layers: Sequence[LayerTensors]) -> list[Buffer]:
@@ -69,10 +69,12 @@ def unpack_blocks(
     Args:
         namespace: Namespace of the blocks.
         blocks: One buffer of `namespace.packed_block_bytes` bytes a block.
-        out: For each layer where to write K and V of at least these tokens; None to allocate.
+        out: For each layer where to write K and V of at least these tokens, in the namespace's
+            dtype, or fp32 where the codec of that side is not exact; None to allocate.
 
     Returns:
-        For each layer K [T, Hkv, D] and V [T, Hkv, Dv] in the namespace's dtype, on the CPU.
+        For each layer K [T, Hkv, D] and V [T, Hkv, Dv], on the CPU; in the namespace's dtype where
+        `out` does not say otherwise.
 
     Raises:
         LayoutMismatchError: A buffer is of another length.
@@ -100,6 +102,33 @@ def unpack_blocks(
             values.unflatten(0, (len(blocks), layout.block_tokens)),
         )
     return layers
+
+
+def empty_unrounded(namespace: Namespace, num_blocks: int) -> list[LayerTensors]:
+    """Tensors for `unpack_blocks` to write what the codec decodes, not rounded to fp16 or bf16.
+
+    The service attends to these numbers; those that it sends are in the namespace's dtype.
+
+    Args:
+        namespace: Namespace of the blocks.
+        num_blocks: How many blocks.
+
+    Returns:
+        For each layer K [T, Hkv, D] and V [T, Hkv, Dv]: fp32, but in the namespace's dtype where
+        the codec of that side is exact.
+    """
+    layout = namespace.spec.layout
+    profile = Profile.parse(namespace.spec.profile)
+    tokens = num_blocks * layout.block_tokens
+    sides = []
+    for codec, channels in ((profile.key, layout.head_dim), (profile.value, layout.v_head_dim)):
+        dtype = getattr(torch, layout.dtype) if isinstance(codec, Exact) else torch.float32
+        sides.append(((tokens, layout.num_kv_heads, channels), dtype))
+    (k_shape, k_dtype), (v_shape, v_dtype) = sides
+    return [
+        (torch.empty(k_shape, dtype=k_dtype), torch.empty(v_shape, dtype=v_dtype))
+        for _ in range(layout.num_layers)
+    ]
 
 
 def _codec(namespace: Namespace) -> Codec:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from polarcache.client._types import LayerTensors, Match
+from polarcache.client.codec import empty_unrounded
 from polarcache.client.transformers._prefix_cache import PrefixCache, release
 
 __all__ = ["StoredPrefixCache"]
@@ -40,7 +41,9 @@ class StoredPrefixCache(PrefixCache):
 
     def _retrieve(self, match: Match) -> Iterable[LayerTensors]:
         if self._pack == "worker":
-            return self._client.retrieve(match, pack="worker").layers
+            # Not rounded to the namespace's dtype: the numbers that the service attends to.
+            out = empty_unrounded(match.namespace, match.num_blocks)
+            return self._client.retrieve(match, pack="worker", out=out).layers
         return self._client.retrieve_layers(match)
 
     @staticmethod

@@ -82,12 +82,13 @@ def client(service: Any) -> Iterator[Client]:
 def open_namespace(request: pytest.FixtureRequest, client: Client) -> Callable[..., Namespace]:
     """Opens a namespace that no other test uses."""
 
-    def open_it(model: PreTrainedModel, profile: str = "exact") -> Namespace:
+    def open_it(model: PreTrainedModel, profile: str = "exact", dtype: str = "") -> Namespace:
         spec = namespace_spec(
             model,
             name=request.node.nodeid[-200:],
             profile=profile,
             block_tokens=BLOCK_TOKENS,
+            dtype=dtype,
         )
         return client.open_namespace(spec)
 

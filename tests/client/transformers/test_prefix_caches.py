@@ -23,6 +23,8 @@ TINY_LM = Path(__file__).parents[3] / "examples" / "tiny_lm"
 CACHES = [StoredPrefixCache, RemotePrefixCache]
 # The sum over tokens is taken in another order than PyTorch's; logits are of order 10.
 LOGITS_TOLERANCE = 1e-3
+# What rounding the prefix to fp16 moves logits by.
+WIRE_TOLERANCE = 0.05
 PROFILES = ["k=pair:r4t4:g32,v=int4", "k=polar:b8,v=polar:b8", "k=recursive,v=recursive"]
 
 
@@ -78,6 +80,27 @@ def test_remote_attention_equals_retrieving_with_quantized_profiles(
     assert (logits_of(stored) - logits_of(remote)).abs().max() < LOGITS_TOLERANCE
     exact = logits_of(greedy(llama, ids))
     assert (logits_of(stored) - exact)[:, 0].abs().max() > 10 * LOGITS_TOLERANCE
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_of_float16_namespaces_only_the_rounding_on_the_wire_differs(
+    client: Client, open_namespace: Any, prompt: Any, greedy: Any, llama: PreTrainedModel,
+    profile: str,
+) -> None:  # fmt: skip
+    namespace, ids = open_namespace(llama, profile, "float16"), prompt(150)
+    fill(client, namespace, llama, ids)
+
+    def logits(kind: type[PrefixCache], **options: Any) -> torch.Tensor:
+        with kind.from_store(client, namespace, llama, ids, on_failure="raise", **options) as cache:
+            assert cache.prefix_tokens == 128
+            return logits_of(greedy(llama, ids, cache))
+
+    remote = logits(RemotePrefixCache)
+    # A worker that decodes for itself has the numbers that the service attends to.
+    assert (logits(StoredPrefixCache, pack="worker") - remote).abs().max() < LOGITS_TOLERANCE
+    # Numbers that the service decoded and sent are rounded: half a unit in the last place.
+    rounded = (logits(StoredPrefixCache, pack="service") - remote).abs().max()
+    assert 0.0 < rounded < WIRE_TOLERANCE
 
 
 # Logits are of order 10: some units in the last place, over three layers.
