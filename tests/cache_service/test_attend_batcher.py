@@ -268,6 +268,69 @@ def test_a_launch_waits_for_a_stream_that_is_due_and_only_for_that(make: Make, u
     assert time.monotonic() - start_s < window_s * 2
 
 
+class Later(HeldBack):
+    """Computes until it is let, while the batcher goes on."""
+
+    is_ready = False
+
+    def begin(self, requests: Sequence[WaitingQuery]) -> None:
+        self.go.release()
+        super().begin(requests)
+
+    def is_done(self) -> bool:
+        return self.is_ready
+
+    def wait(self) -> None:
+        deadline_s = time.monotonic() + 20
+        while not self.is_ready and time.monotonic() < deadline_s:
+            time.sleep(1e-4)
+
+
+def test_while_one_half_is_computed_the_other_travels(until: Any) -> None:
+    lanes = [Later(), Later()]
+    begun: Any = lanes
+    batcher = AttendBatcher(
+        lambda: begun, Counters(), max_waiting=100, max_batch=64, window_us=300_000
+    )
+    streams = [Stream(batcher, number) for number in range(16)]
+    here, there = socket.socketpair()
+    with here, there:
+        # Somebody's socket is read meanwhile.
+        batcher.watch(Ringing(streams[0], there))
+        for stream in streams:
+            stream.turn.answered_s = time.monotonic()
+        for number, stream in enumerate(streams[1:], 1):
+            stream.ask(number)
+        until(lambda: sum(len(lane.launches) for lane in lanes) == 1)
+        (first,) = (lane for lane in lanes if lane.launches)
+        (second,) = (lane for lane in lanes if lane is not first)
+        # Half of the streams are company enough; the other half waits till it is complete.
+        assert first.launches == [list(range(1, 9))]
+        time.sleep(0.02)
+        assert second.launches == []
+        here.send(bytes([99]))
+        until(lambda: second.launches == [sorted([*range(9, 16), 99])])
+        assert not any(stream.answered for stream in streams)
+        # What comes now waits for a launch to end, and the first to end is answered first.
+        streams[1].ask(100)
+        let_go: list[int] = []
+        batcher.leave(streams[2].turn, lambda: let_go.append(2))
+        first.is_ready = True
+        until(lambda: streams[8].answered == [8])
+        assert streams[9].answered == []
+        # A stream that left lets go when no launch is left that began before.
+        time.sleep(0.02)
+        assert let_go == []
+        first.is_ready = False
+        second.is_ready = True
+        until(lambda: let_go == [2])
+        until(lambda: streams[9].answered == [9])
+        first.is_ready = True
+        until(lambda: streams[1].answered == [1, 100])
+        batcher.unwatch(there.fileno())
+        batcher.close()
+
+
 def test_a_stream_that_is_alone_may_compute_for_itself(make: Make, until: Any) -> None:
     batcher, compute = make()
     one, two = Stream(batcher, 1), Stream(batcher, 2)

@@ -24,14 +24,19 @@ HEADS, LAYERS, TOKENS = 4, 3, 32
 SHAPES = {"whole units": ("exact", 2, 16), "odd units": ("k=exact,v=int4", 1, 16)}
 # The same sums in another order.
 TOLERANCE = 1e-5
+# Queries, weights and values are fp16 in the tensor cores.
+GPU_TOLERANCE = 5e-3
 
 
 class World:
     """A pool with pages of random blocks."""
 
-    def __init__(self, profile: str, kv_heads: int, head_dim: int, window: int = 0) -> None:
+    def __init__(
+        self, profile: str, kv_heads: int, head_dim: int, window: int = 0, tokens: int = TOKENS
+    ) -> None:
+        self.tokens = tokens
         shape = BlockShape(
-            tokens=TOKENS, kv_heads=kv_heads, head_dim=head_dim, v_head_dim=head_dim,
+            tokens=tokens, kv_heads=kv_heads, head_dim=head_dim, v_head_dim=head_dim,
             pairing="half", rotary_dim=head_dim,
         )  # fmt: skip
         codec = Codec(Profile.parse(profile), shape, torch.float16)
@@ -41,7 +46,7 @@ class World:
         self.pool = torch.zeros(12 * self.units * PAGE_UNIT_BYTES, dtype=torch.uint8)
         generator = torch.Generator().manual_seed(1)
         for page in range(12):
-            sides = torch.randn(2, LAYERS, TOKENS, kv_heads, head_dim, generator=generator).half()
+            sides = torch.randn(2, LAYERS, tokens, kv_heads, head_dim, generator=generator).half()
             start = page * self.units * PAGE_UNIT_BYTES
             out = self.pool[start : start + LAYERS * self.slice_bytes].view(LAYERS, -1)
             codec.encode(sides[0], sides[1], out)
@@ -61,7 +66,7 @@ class World:
             identity=num_tokens.to_bytes(4, "little") + units.tobytes(),
             slice_bytes=self.slice_bytes,
             namespace=SimpleNamespace(
-                spec=SimpleNamespace(layout=SimpleNamespace(block_tokens=TOKENS))
+                spec=SimpleNamespace(layout=SimpleNamespace(block_tokens=self.tokens))
             ),
             head_dim=self.head_dim,
             v_head_dim=self.head_dim,
@@ -158,3 +163,34 @@ def test_many_companies_do_not_fill_memory(monkeypatch: pytest.MonkeyPatch) -> N
     for rows in range(1, 11):
         answers(compute, [world.query([3], 32, 0, rows, 0)])
         assert 1 <= len(compute._plans) <= 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("profile", ["k=pair:r4t4,v=int4", "exact"], ids=["fast", "portable"])
+def test_on_a_gpu_two_launches_under_way_give_what_the_cpu_gives(profile: str) -> None:
+    world = World(profile, 2, 64, tokens=128)
+    prefixes = [([3, 1, 7], 300), ([3, 1, 7], 384), ([5], 1), ([0, 11, 2, 4], 512)]
+    expected = AttendCompute(world.pool)
+    lanes = AttendCompute.lanes(world.pool.cuda())
+    assert len(lanes) == 2
+    for trial in range(6):
+        # One layer, several layers, and company that changes: plans and tables are made again.
+        companies = [
+            [
+                world.query(*prefixes[(i + trial) % 4], (i * (trial % 2)) % LAYERS, 1 + i % 2, i)
+                for i in range(size)
+            ]
+            for size in (1 + trial, 7)
+        ]
+        for lane, company in zip(lanes, companies, strict=True):
+            lane.begin(company)
+        for lane, company in zip(lanes, companies, strict=True):
+            computed = lane.finish()
+            got = {
+                id(request): [np.frombuffer(bytes(side), np.float32) for side in one]
+                for request, one in zip(computed.requests, computed.answers, strict=True)
+            }
+            for request, one in zip(company, answers(expected, company), strict=True):
+                np.testing.assert_allclose(
+                    np.concatenate(got[id(request)]), one, atol=GPU_TOLERANCE
+                )
