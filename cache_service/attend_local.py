@@ -35,7 +35,7 @@ from polarcache.proto.local import ERROR, FRAME, error_body, send_body
 __all__ = ["LocalAttendStream"]
 
 _log = logging.getLogger(__name__)
-_RECEIVE_BYTES = 1 << 12
+_RECEIVE_BYTES = 1 << 9
 _ASK_BYTES = LENGTH.size + ASK.size
 _ASK = struct.Struct("<I" + ASK.format.lstrip("<"))
 _ANSWER = struct.Struct("<Ic" + ANSWER_FIELDS.format.lstrip("<"))

@@ -38,7 +38,7 @@ __all__ = ["Answer", "Ask", "AttendLink", "GrpcAttendLink", "LocalAttendLink", "
 
 # Of a request's deadline.
 _QUEUE_SHARE = 0.9
-_RECEIVE_BYTES = 1 << 12
+_RECEIVE_BYTES = 1 << 9
 # An answer is looked for so long before the thread sleeps, if the one before came as soon and
 # there are cores to spare: waking it takes as long as a short request.
 _SPIN_S = 150e-6
