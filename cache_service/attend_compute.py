@@ -28,6 +28,7 @@ from polarcache.cache_service.attend_plan import (
     arrange,
     grown,
 )
+from polarcache.cache_service.attend_prefix import HeldPrefix
 from polarcache.cache_service.attend_tables import Run, TableShape, split_shared
 from polarcache.kernels.attention.batch import PAGE_UNIT_BYTES
 from polarcache.kernels.attention.merge import merge_states
@@ -83,6 +84,9 @@ class AttendCompute:
         self._workspace: torch.Tensor | None = None
         # Launches differ by their sizes alone: most find their plan.
         self._plans: dict[PlanShape, Plan] = {}
+        # The plan whose page tables lie in the input, and of whom if of a request alone.
+        self._last_plan: Plan
+        self._alone: tuple[HeldPrefix, int] | None = None
         self._under_way: tuple[Plan, Sequence[LayerQuery]] | None = None
         self._kernel_ns = 0
         self._is_cuda = pool.is_cuda
@@ -116,15 +120,28 @@ class AttendCompute:
         """Launches requests of one launch key; on the CPU, computes them. `finish` must follow."""
         first = requests[0]
         slice_offset = first.layer * first.prefix.slice_bytes
-        is_mixed = False
-        if len(requests) > 1:
-            requests = sorted(requests, key=_by_place)
-            is_mixed = any(one.layer != first.layer for one in requests)
-            if is_mixed:
-                slice_offset %= PAGE_UNIT_BYTES
-        tables = self._tables_of(requests, is_mixed=is_mixed)
-        plan = self._plan_of(requests, tables)
-        plan.write(requests, tables)
+        alone, self._alone = self._alone, None
+        if (
+            len(requests) == 1
+            and alone is not None
+            and alone[0] is first.prefix
+            and alone[1] == first.num_tokens
+        ):
+            # As the launch before: its page table is there, and fits any layer.
+            plan = self._last_plan
+        else:
+            is_mixed = False
+            if len(requests) > 1:
+                requests = sorted(requests, key=_by_place)
+                is_mixed = any(one.layer != first.layer for one in requests)
+                if is_mixed:
+                    slice_offset %= PAGE_UNIT_BYTES
+            tables = self._tables_of(requests, is_mixed=is_mixed)
+            plan = self._last_plan = self._plan_of(requests, tables)
+            plan.write_tables(tables)
+        plan.write_queries(requests)
+        if len(requests) == 1:
+            self._alone = first.prefix, first.num_tokens
         if self._is_cuda:
             is_home = self._home_thread == threading.get_ident()
             with nullcontext() if is_home else torch.cuda.stream(self._stream):

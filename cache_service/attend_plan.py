@@ -166,15 +166,21 @@ class Plan:
         self._out, self._lse = host[:out_bytes], host[out_bytes : self.output_bytes]
         self._row_bytes = heads * v_head_dim * 4, heads * 4
 
-    def write(self, requests: Sequence[LayerQuery], tables: Sequence[Sequence[Run]]) -> None:
-        """Writes the input.
+    def write_tables(self, tables: Sequence[Sequence[Run]]) -> None:
+        """Writes the page tables; they stay until another plan writes its own.
 
         Args:
-            requests: The requests, in the order of their rows.
-            tables: Runs of each page table.
+            tables: Runs of each.
         """
         for table, runs in zip(self._tables, tables, strict=True):
             table.write(runs)
+
+    def write_queries(self, requests: Sequence[LayerQuery]) -> None:
+        """Writes what differs from launch to launch.
+
+        Args:
+            requests: The requests, in the order of their rows.
+        """
         target, start = self._queries, 0
         for request in requests:
             end = start + len(request.queries)
