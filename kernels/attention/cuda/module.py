@@ -97,7 +97,9 @@ class BoundKernel:
 
     def __init__(self, kernel: Kernel, blocks: int, arguments: tuple[Any, ...]) -> None:
         """Lays the arguments out; see `Kernel.bind`."""
-        self.values: list[Any] = [kind(value) for kind, value in zip(_TYPES, arguments, strict=True)]
+        self.values: list[Any] = [
+            kind(value) for kind, value in zip(_TYPES, arguments, strict=True)
+        ]
         addresses = [ctypes.addressof(value) for value in self.values]
         self._addresses = (ctypes.c_void_p * len(addresses))(*addresses)
         self._where = ctypes.addressof(self._addresses)
