@@ -86,6 +86,10 @@ class BlockCodec:
         """Bytes of one packed block: the size of its page."""
         return self.packed.slice_bytes * self._layout.num_layers
 
+    def only_copies(self, *, packed: bool) -> bool:
+        """Whether wire bytes are page bytes in host memory, so that no codec and no GPU runs."""
+        return (packed or self._raw_is_packed) and self._device.type == "cpu"
+
     def slice_bytes(self, *, packed: bool) -> int:
         """Bytes of one slice on the wire."""
         return self.packed.slice_bytes if packed else self._layout.raw_slice_bytes
@@ -130,11 +134,10 @@ class BlockCodec:
             One buffer a place. Where no codec runs on the CPU they are views of the pages.
         """
         slices = [self._slices(place) for place in places]
-        as_is = packed or self._raw_is_packed
-        if as_is and self._device.type == "cpu":
+        if self.only_copies(packed=packed):
             return [tensor_bytes(one) for one in slices]
         stored = torch.cat(slices)
-        if as_is:
+        if packed or self._raw_is_packed:
             rows = stored
         else:
             size = self._layout.raw_slice_bytes

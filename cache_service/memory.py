@@ -158,6 +158,14 @@ class MemoryTier:
         with self._changed:
             return self._pool.allocate(num_bytes)
 
+    def allocate_free(self, num_bytes: int, most: int) -> list[Page]:
+        """As many pages as there is room for, up to `most`."""
+        pages: list[Page] = []
+        with self._changed:
+            while len(pages) < most and (page := self._pool.allocate(num_bytes)) is not None:
+                pages.append(page)
+        return pages
+
     def free(self, pages: Sequence[Page]) -> None:
         """Returns pages that never became visible."""
         with self._changed:

@@ -29,6 +29,7 @@ from polarcache.cache_service.tiers.pool import PagePool
 from polarcache.cache_service.tiers.redis import RedisTier, redact_url
 from polarcache.cache_service.transfers import Transfers
 from polarcache.cache_service.workers import Workers
+from polarcache.proto.channel import STREAM_OPTIONS
 from polarcache.proto.errors import InvalidRequestError, ServiceUnavailableError
 from polarcache.proto.malloc import keep_freed_memory
 from polarcache.proto.v1 import polarcache_pb2 as pb
@@ -119,6 +120,7 @@ class Service:
         limit = int(self._config.max_message_bytes)
         server = grpc.aio.server(
             options=[
+                *STREAM_OPTIONS,
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", limit),
                 ("grpc.so_reuseport", 0),

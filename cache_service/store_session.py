@@ -50,10 +50,18 @@ class StoreSession:
         self._changed = threading.Condition()
         self._closed = False
         self._num_writing = 0
-        self._pages: dict[int, Page] = {}
+        codec = namespace.codec
+        self._only_copies = codec.only_copies(packed=packed)
+        # Pages that are free are taken at once, so that spans need not wait for them.
+        free = store.memory.allocate_free(codec.packed_block_bytes, len(wanted))
+        self._pages: dict[int, Page] = dict(zip(wanted, free, strict=False))
         # Bit l of a block's mask is set while layer l is missing.
         self._all_layers = (1 << namespace.spec.layout.num_layers) - 1
         self._missing = dict.fromkeys(wanted, self._all_layers)
+
+    def is_quick(self, spans: Sequence[pb.Span]) -> bool:
+        """Whether `take` waits for nothing and runs no codec: it is done in a copy's time."""
+        return self._only_copies and all(span.block_index in self._pages for span in spans)
 
     def take(
         self, spans: Sequence[pb.Span], payload: memoryview, *, has_checksums: bool = True

@@ -1,7 +1,8 @@
 """The Store and Retrieve streams over gRPC: some frames always in the works.
 
-While frames are written to their pages, or built from them, in threads, the next one is read or
-the last one written, so the wire and the codec overlap. A silent worker's stream is ended.
+While a codec turns frames into pages, or pages into frames, in threads, the next one is read or
+the last one written, so the wire and the codec overlap. What is only copied is copied at once: to
+hand a frame to a thread and back costs more than its copy. A silent worker's stream is ended.
 """
 
 from __future__ import annotations
@@ -99,6 +100,9 @@ class BlockStreams:
         try:
             await context.write(transfer.header)
             for frame in transfer.frames(self._config.frame_bytes):
+                if transfer.is_quick:
+                    await context.write(transfer.message(frame))
+                    continue
                 building.append(self._workers.submit_cpu(transfer.message, frame))
                 if len(building) > 1:
                     await context.write(await _done(building[0]))
@@ -121,6 +125,9 @@ class BlockStreams:
                     break
                 if request.HasField("region"):
                     raise InvalidRequestError("shared memory goes with the local socket alone")
+                if transfer.is_quick(request.spans):
+                    transfer.take(request.spans, payload)
+                    continue
                 future = self._workers.submit_cpu(transfer.take, request.spans, payload)
                 future.add_done_callback(interruption.if_failed)
                 taking.append(future)

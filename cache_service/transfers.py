@@ -114,6 +114,10 @@ class StoreTransfer:
         )
         self._committed = False
 
+    def is_quick(self, spans: Sequence[pb.Span]) -> bool:
+        """Whether `take` does not block: no codec runs, and the spans' pages are there."""
+        return self._session.is_quick(spans)
+
     def take(
         self, spans: Sequence[pb.Span], payload: memoryview, *, has_checksums: bool = True
     ) -> None:
@@ -146,7 +150,13 @@ class StoreTransfer:
 
 
 class RetrieveTransfer:
-    """A retrieve. Send `header`, then a frame for each of `frames`; `close` in any case."""
+    """A retrieve. Send `header`, then a frame for each of `frames`; `close` in any case.
+
+    Attributes:
+        header: The first frame.
+        slice_bytes: Bytes of one slice on the wire.
+        is_quick: Whether `message` does not block: no codec runs.
+    """
 
     def __init__(
         self,
@@ -163,6 +173,7 @@ class RetrieveTransfer:
         self._packed = packed
         self._counters = counters
         self.slice_bytes = namespace.codec.slice_bytes(packed=packed)
+        self.is_quick = namespace.codec.only_copies(packed=packed)
         self._num_layers = namespace.spec.layout.num_layers
         header = pb.RetrieveHeader(num_blocks=len(pinned.entries), miss_reason=pinned.miss_reason)
         self.header = pb.RetrieveResponse(header=header).SerializeToString()

@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 
 import grpc.experimental
 
+from polarcache.proto.channel import STREAM_OPTIONS
 from polarcache.proto.errors import InvalidRequestError
 
 __all__ = ["DEFAULT_ENDPOINT", "channel_options", "grpc_target"]
@@ -36,6 +37,7 @@ def grpc_target(endpoint: str) -> str:
 def channel_options() -> list[tuple[str, int]]:
     """Options of every channel: limits checked by the service, quick reconnects, keepalive."""
     return [
+        *STREAM_OPTIONS,
         ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
         # A stream's reader takes its messages from gRPC itself, not from another thread.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 
 import grpc
 
@@ -23,8 +23,9 @@ _MAX_IDLE = 4
 class StoreStream:
     """One stream that carries stores, one after the other.
 
-    Three threads: the caller builds a frame while gRPC's sends the one before; a third receives
-    the answers, so that the caller can stop waiting at its deadline.
+    gRPC's thread builds the frames and sends them: to hand each over would cost more than to
+    build one while the last is sent gains. Another thread receives the answers, so that the
+    caller can stop waiting at its deadline.
 
     Args:
         method: The Store method.
@@ -33,8 +34,8 @@ class StoreStream:
     def __init__(self, method: grpc.StreamStreamMultiCallable) -> None:
         self._lock = threading.Lock()
         self._to_send = threading.Condition(self._lock)
-        self._sent_or_received = threading.Condition(self._lock)
-        self._frame: bytes | None = None
+        self._received = threading.Condition(self._lock)
+        self._outgoing: Iterable[bytes] | None = None
         self._answers: deque[bytes] = deque()
         self._failure: Exception | None = None
         self._stream = method(self._frames())
@@ -52,11 +53,9 @@ class StoreStream:
             PolarCacheError: The call failed; the stream is of no more use.
         """
         end_s = time.monotonic() + timeout_s
-        self._send(call.begin(), end_s)
+        self._send([call.begin()])
         call.on_answer(self._answer(end_s))
-        while (frame := call.next_frame()) is not None:
-            self._send(frame, end_s)
-        self._send(call.commit(), end_s)
+        self._send(call.frames_and_commit())
         call.on_answer(self._answer(end_s))
         return call.finished()
 
@@ -64,36 +63,35 @@ class StoreStream:
         """Ends the stream; a call under way fails."""
         self._stream.cancel()
 
-    def _send(self, frame: bytes, end_s: float) -> None:
-        """Leaves a frame to gRPC's thread once that has taken the one before."""
+    def _send(self, frames: Iterable[bytes]) -> None:
+        """Leaves frames to gRPC's thread."""
         with self._lock:
-            self._wait(lambda: self._frame is None, end_s)
-            self._frame = frame
+            self._outgoing = frames
             self._to_send.notify()
 
     def _answer(self, end_s: float) -> bytes:
+        """The next answer, which ends what `_send` left."""
         with self._lock:
-            self._wait(lambda: bool(self._answers), end_s)
+            self._received.wait_for(
+                lambda: self._answers or self._failure is not None, end_s - time.monotonic()
+            )
+            # An answer counts even if the service ended the stream after it.
+            if not self._answers:
+                raise self._failure or DeadlineError("the service did not answer in time")
             return self._answers.popleft()
-
-    def _wait(self, is_there: Callable[[], bool], end_s: float) -> None:
-        self._sent_or_received.wait_for(
-            lambda: is_there() or self._failure is not None, end_s - time.monotonic()
-        )
-        # An answer counts even if the service ended the stream after it.
-        if not is_there():
-            raise self._failure or DeadlineError("the service did not answer in time")
 
     def _frames(self) -> Iterator[bytes]:
         """In gRPC's thread: what to send."""
-        while True:
-            with self._lock:
-                self._to_send.wait_for(lambda: self._frame is not None or not self.is_alive)
-                frame, self._frame = self._frame, None
-                self._sent_or_received.notify()
-            if frame is None or not self.is_alive:
-                return
-            yield frame
+        try:
+            while True:
+                with self._lock:
+                    self._to_send.wait_for(lambda: self._outgoing is not None or not self.is_alive)
+                    frames, self._outgoing = self._outgoing, None
+                if frames is None or not self.is_alive:
+                    return
+                yield from frames
+        except Exception as error:
+            self._fail(error)
 
     def _receive(self) -> None:
         """In a thread of the stream: takes the answers, and at last why there are no more."""
@@ -102,13 +100,17 @@ class StoreStream:
             for answer in self._stream:
                 with self._lock:
                     self._answers.append(answer)
-                    self._sent_or_received.notify()
+                    self._received.notify()
         except grpc.RpcError as error:
             failure = error_from_rpc(error)
+        self._fail(failure)
+
+    def _fail(self, failure: Exception) -> None:
+        """Ends the waits; the first failure counts."""
         with self._lock:
-            self._failure = failure
+            self._failure = self._failure or failure
             self._to_send.notify()
-            self._sent_or_received.notify()
+            self._received.notify()
 
 
 class StoreStreams:

@@ -126,6 +126,12 @@ class StoreCall:
         where = pb.RegionRange(offset=slot.where.offset, length=end)
         return pb.StoreRequest(spans=spans, region=where).SerializeToString()
 
+    def frames_and_commit(self) -> Iterator[bytes]:
+        """All frames that follow `begin`, where no slots are used."""
+        while (frame := self.next_frame()) is not None:
+            yield frame
+        yield self.commit()
+
     @staticmethod
     def commit() -> bytes:
         """Last frame."""
