@@ -2,7 +2,7 @@
 
 The socket's file mode admits the service's own user. A worker's memory cannot shrink under the
 service's mapping, since its size is sealed, and is unmapped when the worker closes the connection.
-Each connection is served in a thread of its own.
+Each connection is served in a thread of its own, which copies; codecs run in others.
 """
 
 from __future__ import annotations
@@ -222,15 +222,22 @@ class _Call:
                         future.result()
                     self._send(transfer.commit())
                     return
-                taking.append(self._threads.submit(self._take, transfer, request))
+                if transfer.is_quick(request.spans):
+                    self._write(transfer, request)
+                else:
+                    taking.append(self._threads.submit(self._take, transfer, request))
         finally:
             transfer.close()
 
+    def _write(self, transfer: StoreTransfer, request: pb.StoreRequest) -> None:
+        """Writes one message's spans and tells the worker."""
+        transfer.take(request.spans, self._view(request.region), has_checksums=False)
+        self._send(pb.StoreResponse(released=request.region).SerializeToString())
+
     def _take(self, transfer: StoreTransfer, request: pb.StoreRequest) -> None:
-        """In a thread: writes one message's spans and tells the worker, or cuts it off."""
+        """In a thread: writes, or cuts the worker off."""
         try:
-            transfer.take(request.spans, self._view(request.region), has_checksums=False)
-            self._send(pb.StoreResponse(released=request.region).SerializeToString())
+            self._write(transfer, request)
         except Exception as error:
             self._refuse(error)
             raise
@@ -252,6 +259,9 @@ class _Call:
                         filling = None
                     free.append(self._released(views))
                 where = free.pop()
+                if transfer.is_quick:
+                    self._send(transfer.into_region(frame, where, views[where.offset]))
+                    continue
                 upcoming = self._threads.submit(
                     transfer.into_region, frame, where, views[where.offset]
                 )

@@ -39,6 +39,15 @@ def test_a_prefix_ends_at_the_first_block_that_is_nowhere(memory: MemoryTier) ->
     assert memory.lease_prefix(NS, [b"x"], [False], 1.0) == ([], None)
 
 
+def test_only_free_pages_are_allocated_at_once(memory: MemoryTier) -> None:
+    assert memory.allocate_free(10, 2) == []
+    memory.remove(NS, [b"b", b"c", b"d"])
+    assert len(memory.allocate_free(10, 2)) == 2
+    memory.free(memory.allocate_free(PAGE_ALIGNMENT_BYTES, 9))
+    assert memory.gauges()["memory_used_bytes"] == 3 * PAGE_ALIGNMENT_BYTES
+    assert memory.gauges()["memory_blocks"] == 1
+
+
 def test_a_prefix_is_evicted_from_its_end(memory: MemoryTier) -> None:
     victims = memory.choose_victims(2 * PAGE_ALIGNMENT_BYTES)
     assert [entry.block_key for entry in victims] == [b"d", b"c"]
