@@ -10,9 +10,11 @@ import pytest
 
 from polarcache.client import NamespaceSpec, chain_keys
 from polarcache.client._grpc_streams import StoreStream
+from polarcache.client._store_call import StoreCall
 from polarcache.proto.errors import (
     DeadlineError,
     InvalidRequestError,
+    LayoutMismatchError,
     NonFiniteError,
     ServiceUnavailableError,
 )
@@ -76,6 +78,24 @@ def test_a_client_reuses_its_stream_until_a_call_fails(
             client.store(namespace, [b"bad"], bad)
         assert client.store(namespace, [b"good"], layers).num_stored == 1
         assert len(opened) == 2
+
+
+def test_a_frame_that_cannot_be_built_ends_the_call(
+    service: Any, spec: NamespaceSpec, make_layers: Any, until: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(call: StoreCall) -> bytes:
+        raise LayoutMismatchError("no such bytes")
+
+    layers = make_layers(spec.layout, 3)
+    before = service.gauges()["memory_used_bytes"]
+    with service.client(shared_memory_bytes=0) as client:
+        namespace = client.open_namespace(spec)
+        with monkeypatch.context() as patch:
+            patch.setattr(StoreCall, "next_frame", broken)
+            with pytest.raises(LayoutMismatchError, match="no such bytes"):
+                client.store(namespace, [b"p", b"q", b"r"], layers)
+        until(lambda: service.gauges()["memory_used_bytes"] == before)
+        assert client.store(namespace, [b"p", b"q", b"r"], layers).num_stored == 3
 
 
 def test_a_frozen_service_costs_a_worker_its_deadline(
