@@ -53,7 +53,8 @@ PROFILES = (
     "k=pair:r4t4:arc2,v=int4",
     "k=pair:r3t3,v=int4",
 )
-CHECKED = (Case(3, 1024), Case(1, 768, sessions=16))
+# Hundreds of heads: a peaked one hangs on two tokens, so that few heads scatter.
+CHECKED = (Case(12, 1024), Case(1, 768, sessions=16))
 LARGEST_ERROR = 2e-3
 LARGEST_PEAKED_ERROR = 5e-3
 # Copies of the data together exceed any second-level cache.

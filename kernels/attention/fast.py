@@ -30,9 +30,7 @@ __all__ = ["FastDecode", "PreparedDecode"]
 _GROUP_TOKENS = 128
 _LOG2_E = math.log2(math.e)
 _QUERY_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-# Query columns of a block in tiles of 8, its warps, the ring slots of a warp.
-_NARROW = (1, 16, 2)
-_WIDE = (2, 8, 4)
+
 # A block's fixed cost in groups of 128 tokens (measured: 6 us of 0.55 us a group, H200), and the
 # groups that take a block as long as one: its warps work on one each.
 _BLOCK_COST = 10
@@ -47,6 +45,31 @@ _launches = itertools.count()
 def _next_mark() -> int:
     """Returns the bits of a NaN that no recent launch had and that no arithmetic makes."""
     return 0xFFC00001 + next(_launches) % 0x3FFFFE
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """How a thread block takes the query columns of a KV head.
+
+    Attributes:
+        tiles: tiles of 8 columns of the tensor cores.
+        spread: 2 where columns stand at even places only, which halves the softmax; else 1.
+        warps: warps of the block.
+        slots: ring slots of a warp.
+    """
+
+    tiles: int
+    spread: int
+    warps: int
+    slots: int
+
+    @property
+    def columns(self) -> int:
+        """Query columns."""
+        return 8 * self.tiles // self.spread
+
+
+_BLOCKS = (_Block(1, 2, 16, 2), _Block(1, 1, 16, 2), _Block(2, 1, 8, 4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +168,11 @@ class FastDecode:
 
     def workspace_bytes(self, num_sequences: int, max_rows: int, processors: int) -> int:
         """Returns the bytes of partial states that a launch may need."""
-        column_tiles, (tiles, *_) = self._columns(max_rows)
-        parts = num_sequences * self._shape.kv_heads * column_tiles
-        # No plan has more blocks than four waves of a part's share, or the dealt ones.
-        blocks = max(
-            parts * max(1, 4 * processors // parts),
-            self._dealt_blocks(num_sequences, column_tiles, processors),
-        )
-        return blocks * self._partial_bytes(tiles)
+        column_tiles, block = self._columns(max_rows)
+        parts = self._shape.kv_heads * column_tiles
+        # Even plans have at most four waves of blocks or one a part, dealt ones a wave more than that.
+        blocks = num_sequences * parts + max(4 * processors, parts)
+        return blocks * self._partial_bytes(block)
 
     def prepare(
         self, query: Tensor, batch: PrefixBatch, out: Tensor, lse: Tensor, workspace: Tensor | None
@@ -170,19 +190,20 @@ class FastDecode:
 
         shape, offsets = self._shape, self._offsets
         device = query.device.index or 0
-        column_tiles, (tiles, warps, slots) = self._columns(batch.max_rows)
+        column_tiles, block = self._columns(batch.max_rows)
         kernel = Kernel.of(
             device,
             (
                 *self._defines,
                 ("QUERY", _QUERY_KINDS[query.dtype]),
-                ("COLUMN_TILES", tiles),
-                ("WARPS", warps),
-                ("SLOTS", slots),
+                ("COLUMN_TILES", block.tiles),
+                ("SPREAD", block.spread),
+                ("WARPS", block.warps),
+                ("SLOTS", block.slots),
             ),
         )
         plan = self._plan(batch, column_tiles, device)
-        needed = plan.blocks * self._partial_bytes(tiles) if plan.splits != 1 else 0
+        needed = plan.blocks * self._partial_bytes(block) if plan.splits != 1 else 0
         if needed and (
             workspace is None or len(workspace) < needed or workspace.device != query.device
         ):
@@ -203,15 +224,15 @@ class FastDecode:
         )  # fmt: skip
         return PreparedDecode(kernel.bind(plan.blocks, arguments), fields)
 
-    def _partial_bytes(self, tiles: int) -> int:
+    def _partial_bytes(self, block: _Block) -> int:
         """Returns the bytes that a block hands over: sums and two numbers a column, marked."""
-        return 8 * tiles * (self._shape.v_head_dim + 2) * 8
+        return block.columns * (self._shape.v_head_dim + 2) * 8
 
-    def _columns(self, max_rows: int) -> tuple[int, tuple[int, int, int]]:
-        """Returns column tiles of a KV head's queries, and how a block takes one."""
+    def _columns(self, max_rows: int) -> tuple[int, _Block]:
+        """Returns how many blocks share a KV head's query columns, and how each takes its own."""
         columns = max_rows * self._query_heads // self._shape.kv_heads
-        shape = _NARROW if columns <= 8 else _WIDE
-        return -(-columns // (8 * shape[0])), shape
+        block = next((block for block in _BLOCKS if columns <= block.columns), _BLOCKS[-1])
+        return -(-columns // block.columns), block
 
     def _plan(self, batch: PrefixBatch, column_tiles: int, device: int) -> _Plan:
         """Shares the device out: as many blocks for every part, or by length."""

@@ -8,7 +8,7 @@ bytes as they lie in the pages.
 import triton
 import triton.language as tl
 
-from polarcache.kernels.attention.load_keys import key_channels, load_keys
+from polarcache.kernels.attention.load_keys import LOW_SHIFT, key_channels, load_keys
 from polarcache.kernels.attention.load_tiers import load_tiers, tier_queries
 from polarcache.kernels.attention.load_trees import load_trees, mean_scores
 from polarcache.kernels.attention.load_values import load_values, value_channels
@@ -16,8 +16,8 @@ from polarcache.kernels.attention.page_queries import as_halves, page_gains, pag
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# What the low half of an fp32 query is raised by: 11 bits lie in the high half.
-LOW_SHIFT = tl.constexpr(2048.0)
+# Sequences of at most so many tokens are too short to average the rounding of keys to fp16.
+FEW_TOKENS = tl.constexpr(128)
 
 
 @triton.jit
@@ -186,6 +186,14 @@ def attend_kernel(
             scores = tl.dot(q_high, tl.trans(k))
             if q_ptr.dtype.element_ty == tl.float32:
                 scores += tl.dot(q_low, tl.trans(k)) * (1.0 / LOW_SHIFT)
+            if KEY_KIND == "pair" or KEY_KIND == "arc2":
+                if length <= FEW_TOKENS:
+                    # Decoded again, so that longer sequences hold no registers for it.
+                    low = load_keys(
+                        slice_ptr, key_table_ptr, head, first_token, rows, one, KEY_KIND, KEY,
+                        ELEMENT, T, HEADS, D, WIDE_K, BT, FAST, True,
+                    )  # fmt: skip
+                    scores += tl.dot(q_high, tl.trans(low)) * (1.0 / LOW_SHIFT)
             scores = scores * factor[:, None]
             if raw_q_ptr is not None:
                 offset = mean_scores(raw_q_ptr, query_head, exists, slice_ptr, head, KEY, D, WIDE_K)

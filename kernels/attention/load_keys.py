@@ -8,6 +8,8 @@ from polarcache.kernels.gpu.pair_decode import turn
 from polarcache.kernels.gpu.pair_encode import pair_channels
 
 TAU = tl.constexpr(6.283185307179586)
+# What the low half of an fp32 number is raised by: 11 bits lie in the high half.
+LOW_SHIFT = tl.constexpr(2048.0)
 
 
 @triton.jit
@@ -35,8 +37,8 @@ def key_channels(column, KIND: tl.constexpr, D: tl.constexpr, ROTARY: tl.constex
 @triton.jit
 def load_keys(slice_ptr, table_ptr, head, first_token, row, one, KIND: tl.constexpr,
               KEY: tl.constexpr, ELEMENT: tl.constexpr, T: tl.constexpr, HEADS: tl.constexpr,
-              D: tl.constexpr, DK: tl.constexpr, BT: tl.constexpr,
-              FAST: tl.constexpr):  # fmt: skip
+              D: tl.constexpr, DK: tl.constexpr, BT: tl.constexpr, FAST: tl.constexpr,
+              LOW: tl.constexpr = False):  # fmt: skip
     """Returns keys [BT, DK] in the order of `key_channels`; finite columns beyond D.
 
     Args:
@@ -55,6 +57,7 @@ def load_keys(slice_ptr, table_ptr, head, first_token, row, one, KIND: tl.conste
         DK: D rounded up to a power of two.
         BT: tokens.
         FAST: whether to use the device's own cosine and sine, within 3e-6.
+        LOW: of `pair` and `arc2`, return LOW_SHIFT times what the rounding to fp16 takes off.
     """
     if KIND == "exact":
         column = tl.arange(0, DK)
@@ -82,7 +85,11 @@ def load_keys(slice_ptr, table_ptr, head, first_token, row, one, KIND: tl.conste
                 slice_ptr, codes[1], group, step, column + 4, one, KIND, KEY, D, FAST
             )
         both = tl.join(tl.join(x_0, x_4), tl.join(y_0, y_4))
-        return tl.reshape(both, [BT, DK]).to(tl.float16)
+        wide = tl.reshape(both, [BT, DK])
+        high = wide.to(tl.float16)
+        if LOW:
+            return ((wide - high.to(tl.float32)) * LOW_SHIFT).to(tl.float16)
+        return high
 
 
 @triton.jit

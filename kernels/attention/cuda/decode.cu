@@ -6,8 +6,9 @@
 //
 // Given by the compiler's command line: HEAD_DIM, V_HEAD_DIM (64 or 128), RADIUS_BITS, ANGLE_BITS,
 // ARCS (1: arcs of 2 pi / 2^m and one phase table), ROTARY, INTERLEAVED, PAGE_GROUPS (groups of a
-// page), QUERY (0 fp16, 1 bf16, 2 fp32), SOFT_CAP (0 or 1), COLUMN_TILES, WARPS, SLOTS, SLOT_TILES.
-#include "keys.cuh"
+// page), QUERY (0 fp16, 1 bf16, 2 fp32), SOFT_CAP (0 or 1), COLUMN_TILES, SPREAD (2: columns stand at even
+// places of a tile, 1: at all), WARPS, SLOTS, SLOT_TILES.
+#include "exact.cuh"
 #include "merge.cuh"
 
 __device__ __forceinline__ float query_element(const void* query, size_t index) {
@@ -45,6 +46,7 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
   // A shuffle, so that the compiler knows that a warp agrees on it.
   const int warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
   const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+  wait_for_launch_before();
   Work work;
   const int parts = kv_heads * column_tiles;
   if (even_splits) {
@@ -52,6 +54,17 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
   } else if (!deal(lengths, query_starts, sequences, parts, max_pages * PAGE_GROUPS, work)) {
     return;
   }
+  // Pages are asked for before lengths and rows have come: one wait serves all three.
+  const int* const pages = page_table + static_cast<size_t>(work.sequence) * max_pages;
+  // Page of a group in units of 256 bytes.
+  const auto page_of = [&](int group) {
+    if (group >= max_pages * PAGE_GROUPS) return 0u;
+    return static_cast<uint32_t>(__ldg(pages + group / PAGE_GROUPS));
+  };
+  const int stride = work.splits * WARPS;
+  int group = work.split * WARPS + warp, next = group + stride;
+  const uint32_t first_page = page_of(group);
+  uint32_t next_page = page_of(next);
   const int head = work.part % kv_heads, first_column = work.part / kv_heads * kColumns;
   const int share = query_heads / kv_heads;
   const int columns = min(kColumns, work.rows * share - first_column);
@@ -73,13 +86,6 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
 #else
   key_parameters += head_groups * kKeyHead;
 #endif
-  const int* const pages = page_table + static_cast<size_t>(work.sequence) * max_pages;
-  // Page of a group in units of 256 bytes.
-  const auto page_of = [&](int group) {
-    if (group >= max_pages * PAGE_GROUPS) return 0u;
-    return static_cast<uint32_t>(__ldg(pages + group / PAGE_GROUPS));
-  };
-
   const uint32_t base = shared_address(shared);
   const uint32_t barriers = base + kBarrierAt + warp * (SLOTS + 1) * 8;
   const uint32_t head_barrier = barriers + SLOTS * 8;
@@ -120,11 +126,6 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
     return memory + static_cast<size_t>(__shfl_sync(~0u, page, 0)) * 256;
   };
 
-  const int stride = work.splits * WARPS;
-  int group = work.split * WARPS + warp, next = group + stride;
-  const uint32_t first_page = page_of(group);
-  uint32_t next_page = page_of(next);
-
   // Queries, read early so that their latency hides behind the set-up: entry [tile, step, e, lane] is the
   // pair 8 step + 4e + t of column 8 tile + g.
   constexpr int kEntries = COLUMN_TILES * kSteps * 2 * 32;
@@ -133,7 +134,7 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
 #pragma unroll
   for (int j = 0; j < kLoads; j++) {
     const int i = threadIdx.x + j * kThreads, l = i & 31, step = (i >> 6) % kSteps;
-    const int column = (i >> 6) / kSteps * 8 + (l >> 2);
+    const int column = ((i >> 6) / kSteps * 8 + (l >> 2)) / SPREAD;
     qx[j] = qy[j] = 0.f;
     if (i < kEntries && column < columns) {
       const int2 channels = channels_of(step * 8 + ((i >> 5) & 1) * 4 + (l & 3));
@@ -158,11 +159,12 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
   for (int j = 0; j < kLoads; j++) {
     const int i = threadIdx.x + j * kThreads;
     if (i < kEntries) {
-      const float x = qx[j], y = qy[j];
+      uint8_t* const place =
+          shared + kQueryAt + kQueryEntry * ((i >> 6) * 64 + (i & 31) * 2 + ((i >> 5) & 1));
 #if ARCS
-      write(shared + kQueryAt + 8 * i, make_uint2(pack_half2(x, y), pack_half2(y, -x)));
+      write(place, make_float2(qx[j], qy[j]));
 #else
-      write(shared + kQueryAt + 4 * i, pack_half2(x, y));
+      write(place, pack_half2(qx[j], qy[j]));
 #endif
     }
   }
@@ -173,9 +175,8 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
   {
     const int row = warp * kOwnRows + lane;
     const int wide = (row & 3) | (row >> 6) << 2, code = (row >> 2) & ((1 << ANGLE_BITS) - 1);
-    // Halvings of pi: exact in the exponent.
-    const float angle = (2 * code + 1) * __uint_as_float(0x40490FDBu - ((wide + ANGLE_BITS) << 23));
-    const uint32_t own = pack_half2(kRadiusUnit * __cosf(angle), kRadiusUnit * __sinf(angle));
+    const float angle = (2 * code + 1) * half_turn(wide + ANGLE_BITS);
+    const uint32_t own = pack_half2(__cosf(angle), __sinf(angle));
 #pragma unroll
     for (int i = 0; i < kOwnRows; i++)
       write(shared + (warp * kOwnRows + i) * 256 + lane * 4, __shfl_sync(~0u, own, i));
@@ -196,6 +197,16 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
   };
   __syncthreads();
 
+  // Only the first warp of a block that has the one group streams, so the others' rings are free.
+  float* const exact = reinterpret_cast<float*>(shared + kRingAt + SLOTS * kSlot);
+  const bool few = groups == 1;
+  if (few && work.split == 0) {
+    const uint8_t* const first = address_of(page_of(0));
+    score_exactly(keys_of(first, 0), first + key_parameters, first + key_radii, shared + kQueryAt, exact,
+                  scale, warp, lane);
+    __syncthreads();
+  }
+
   float o[COLUMN_TILES][kRows][4], sums[COLUMN_TILES][4], top[COLUMN_TILES][2], threshold = kNever;
   uint32_t q[COLUMN_TILES][2 * kSteps];
 #pragma unroll
@@ -209,8 +220,10 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
       for (int e = 0; e < 4; e++) o[n][k][e] = 0.f;
 #if !ARCS
 #pragma unroll
-    for (int i = 0; i < 2 * kSteps; i++)
-      q[n][i] = read<uint32_t>(shared + kQueryAt + 4 * ((n * 2 * kSteps + i) * 32 + lane));
+    for (int k = 0; k < kSteps; k++) {
+      const uint2 own = read<uint2>(shared + kQueryAt + 8 * ((n * kSteps + k) * 32 + lane));
+      q[n][2 * k] = own.x, q[n][2 * k + 1] = own.y;
+    }
 #endif
   }
 
@@ -232,24 +245,12 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
     uint32_t classes[kSteps];
 #pragma unroll
     for (int i = 0; i < kSteps / 4; i++) {
-      const uint4 r = read<uint4>(derived + 4 * kPairs + t * 4 * kSteps + i * 16);
-      const uint4 c = read<uint4>(derived + 6 * kPairs + t * 4 * kSteps + i * 16);
+      const uint4 r = read<uint4>(derived + t * 4 * kSteps + i * 16);
+      const uint4 c = read<uint4>(derived + kClassesAt + t * 4 * kSteps + i * 16);
       radii[4 * i] = r.x, radii[4 * i + 1] = r.y, radii[4 * i + 2] = r.z, radii[4 * i + 3] = r.w;
       classes[4 * i] = c.x, classes[4 * i + 1] = c.y, classes[4 * i + 2] = c.z, classes[4 * i + 3] = c.w;
     }
-#pragma unroll
-    for (int i = 0; i < 2 * kSteps; i += 4) {
-      const uint4 turns = read<uint4>(derived + t * 8 * kSteps + 4 * i);
-      const uint32_t starts[4] = {turns.x, turns.y, turns.z, turns.w};
-#pragma unroll
-      for (int n = 0; n < COLUMN_TILES; n++)
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-          const uint2 own =
-              read<uint2>(shared + kQueryAt + 8 * ((n * 2 * kSteps + i + j) * 32 + lane));
-          q[n][i + j] = fma_high(starts[j], own.y, mul_low(starts[j], own.x));
-        }
-    }
+    turn_queries(shared + kQueryAt, derived, lane, q);
 #else
     fill_table(shared + warp * kPairs * kPairTable, parameters, derived, lane);
 #pragma unroll
@@ -264,7 +265,7 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
 #pragma unroll
     for (int n = 0; n < COLUMN_TILES; n++)
 #pragma unroll
-      for (int e = 0; e < 4; e++) start[n][e] = SOFT_CAP ? 0.f : -top[n][e & 1];
+      for (int e = 0; e < 4; e++) start[n][e] = SOFT_CAP || e % SPREAD ? 0.f : -top[n][e & 1];
 
 #pragma unroll
     for (int unit = 0; unit < kTiles / kUnitTiles; unit++) {
@@ -328,11 +329,19 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
           }
         }
 
+        if (__builtin_expect(few, 0)) {
+#pragma unroll
+          for (int n = 0; n < COLUMN_TILES; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e += SPREAD)
+              s[n][e] = start[n][e] + exact[(tile * kTile + g + (e >> 1) * 8) * kColumns +
+                                            (n * 8 + 2 * t + (e & 1)) / SPREAD];
+        }
 #if SOFT_CAP
 #pragma unroll
         for (int n = 0; n < COLUMN_TILES; n++)
 #pragma unroll
-          for (int e = 0; e < 4; e++) {
+          for (int e = 0; e < 4; e += SPREAD) {
             // scale made s the exponent of 2 of exp(2 score / cap); soft_cap is in units of log 2.
             const float tanh = 1.f - __fdividef(2.f, 1.f + exp2_approx(fminf(s[n][e], 126.f)));
             s[n][e] = fmaf(soft_cap, tanh, -top[n][e & 1]);
@@ -342,19 +351,20 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
 #pragma unroll
           for (int n = 0; n < COLUMN_TILES; n++)
 #pragma unroll
-            for (int e = 0; e < 4; e++)
+            for (int e = 0; e < 4; e += SPREAD)
               if (tile * kTile + g + (e >> 1) * 8 >= valid) s[n][e] = kNever;
         }
 
-        float highest = fmaxf(fmaxf(s[0][0], s[0][1]), fmaxf(s[0][2], s[0][3]));
+        float highest = kNever;
 #pragma unroll
-        for (int n = 1; n < COLUMN_TILES; n++)
-          highest = fmaxf(highest, fmaxf(fmaxf(s[n][0], s[n][1]), fmaxf(s[n][2], s[n][3])));
+        for (int n = 0; n < COLUMN_TILES; n++)
+#pragma unroll
+          for (int e = 0; e < 4; e += SPREAD) highest = fmaxf(highest, s[n][e]);
         if (__any_sync(~0u, highest > threshold)) {
 #pragma unroll
           for (int n = 0; n < COLUMN_TILES; n++)
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
+            for (int e = 0; e < 2; e += SPREAD) {
               float rise = fmaxf(s[n][e], s[n][e + 2]);
 #pragma unroll
               for (int d = 4; d < 32; d *= 2) rise = fmaxf(rise, __shfl_xor_sync(~0u, rise, d));
@@ -379,8 +389,11 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
         uint32_t p[COLUMN_TILES][2];
 #pragma unroll
         for (int n = 0; n < COLUMN_TILES; n++) {
-          p[n][0] = transpose(pack_half2(exp2_approx(s[n][0]), exp2_approx(s[n][1])));
-          p[n][1] = transpose(pack_half2(exp2_approx(s[n][2]), exp2_approx(s[n][3])));
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            const float second = SPREAD == 1 ? exp2_approx(s[n][2 * i + 1]) : 0.f;
+            p[n][i] = transpose(pack_half2(exp2_approx(s[n][2 * i]), second));
+          }
           mma(sums[n], sum_rows, p[n][0], p[n][1], sums[n]);
           p[n][0] = mul_half2(p[n][0], weights.x);
           p[n][1] = mul_half2(p[n][1], weights.y);
@@ -397,6 +410,7 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
     group = next, next = after, page = coming;
   }
 
+  release_next_launch();
   // Every warp's state to shared memory, over tables and rings that nobody reads any more.
   __syncthreads();
   float* const staged = reinterpret_cast<float*>(shared);
@@ -404,8 +418,8 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
 #pragma unroll
   for (int n = 0; n < COLUMN_TILES; n++)
 #pragma unroll
-    for (int e = 0; e < 2; e++) {
-      const int column = n * 8 + 2 * t + e;
+    for (int e = 0; e < 2; e += SPREAD) {
+      const int column = (n * 8 + 2 * t + e) / SPREAD;
       const float total = __shfl_sync(~0u, sums[n][e], t), zero = __shfl_sync(~0u, sums[n][e], 4 + t);
       if (g == 0)
         states[warp * kColumns + column] = make_float2(threshold < 0.f ? kNever : top[n][e], total);

@@ -2,24 +2,25 @@
 #pragma once
 #include "shape.cuh"
 
-// How a radius comes from its code: (code / 16 + x) y, x a number of fp16. The code of zero gives
-// minimum + step / 2 exactly; what rounding x would change there is put into the step.
+// How a radius comes from its code: (code / 16 + x) y, x a number of fp16.
 struct Radius {
   uint32_t x;
   float y;
 };
 
-// A step far below the minimum is raised to 2^-14 of it, so that the quotient is a number of fp16: a
-// radius moves by less than one rounding of fp16.
+// x lies on the grid of fp16 at the largest sum, so that no sum is rounded; what this moves is put
+// into y, so that the radius in the middle is exact. A step far below the minimum is lost in a large
+// x: a radius moves by less than one rounding of fp16.
 __device__ __forceinline__ Radius radius_of(float minimum, float step) {
-  step = fmaxf(step, minimum * 6.103515625e-05f);
-  const float least = fmaf(0.5f, step, minimum);
-  const uint32_t x = pack_half2(step > 0.f ? __fdividef(least, step * kRadiusUnit) : 1.f, 0.f);
-  return {x, __fdividef(least, low_half(x))};
+  const float middle = fmaf(static_cast<float>(1 << (RADIUS_BITS - 1)), step, minimum);
+  if (step <= minimum * 6.103515625e-05f) return {0x6800u, middle * (1.f / 2048.f)};
+  const float x = __fdividef(fmaf(0.5f, step, minimum), step * kRadiusUnit);
+  const uint32_t on_grid = pack_half2(low_half(pack_half2(x + kTopCode, 0.f)) - kTopCode, 0.f);
+  return {on_grid, __fdividef(middle, low_half(on_grid) + kTopCode / 2)};
 }
 
 // Turns the parameters of a group into what its tiles need, for pair 8k + 4e + t, times `scale`:
-// radius x at [t][k][e]; for arcs the class of the width and y / 16 times cosine and sine of the start
+// radius x at [t][k][e]; for arcs the class of the width and y times cosine and sine of the start, fp32,
 // in the same order; else y at [column][k], column 4e + t.
 __device__ __forceinline__ void derive(const uint8_t* parameters, uint8_t* derived, float scale,
                                        int lane) {
@@ -35,12 +36,13 @@ __device__ __forceinline__ void derive(const uint8_t* parameters, uint8_t* deriv
     const Radius radius = radius_of(i ? high_half(minima) : low_half(minima),
                                     i ? high_half(steps) : low_half(steps));
     const float start = (arc >> 4) * (6.283185307179586f / 4096.f);
-    const float y = radius.y * (scale / kRadiusUnit);
+    const float y = radius.y * scale;
     const uint32_t wide = min(arc & 15u, 8u);
     const int p = 2 * lane + i, at = (p & 3) * 2 * kSteps + (p >> 3) * 2 + ((p >> 2) & 1);
-    write(derived + 4 * at, pack_half2(y * __cosf(start), y * __sinf(start)));
-    write(derived + 4 * kPairs + 2 * at, static_cast<unsigned short>(radius.x));
-    write(derived + 6 * kPairs + 2 * at,
+    write(derived + kTurnsAt + (p & 3) * kTurnsRow + ((p >> 3) * 2 + ((p >> 2) & 1)) * 8,
+          make_float2(y * __cosf(start), y * __sinf(start)));
+    write(derived + 2 * at, static_cast<unsigned short>(radius.x));
+    write(derived + kClassesAt + 2 * at,
           static_cast<unsigned short>(((wide & 3) | (wide >> 2) << 6) * 0x0101));
   }
 #else
@@ -100,3 +102,31 @@ __device__ __forceinline__ uint32_t codes_of(const uint32_t* words, int step) {
     return rotate_right(w[2], 2);
   }
 }
+
+#if ARCS
+// Turns a lane's columns of queries to the starts of the group's arcs: (x, y) of pairs 8k + t and 8k + t + 4.
+// Where columns stand at even places, a lane turns every other step for its neighbour too.
+__device__ __forceinline__ void turn_queries(const uint8_t* query, const uint8_t* derived, int lane,
+                                             uint32_t (&q)[COLUMN_TILES][2 * kSteps]) {
+  const uint8_t* const turns = derived + kTurnsAt + (lane & 3) * kTurnsRow;
+  const auto turned = [&](int n, int k) {
+    const float4 turn = read<float4>(turns + k * 16);
+    const float4 own = read<float4>(query + 16 * ((n * kSteps + k) * 32 + lane));
+    return make_uint2(pack_half2(fmaf(turn.x, own.x, turn.y * own.y),
+                                 fmaf(turn.x, own.y, -turn.y * own.x)),
+                      pack_half2(fmaf(turn.z, own.z, turn.w * own.w),
+                                 fmaf(turn.z, own.w, -turn.w * own.z)));
+  };
+#pragma unroll
+  for (int n = 0; n < COLUMN_TILES; n++)
+#pragma unroll
+    for (int k = 0; k < kSteps; k += SPREAD) {
+      const uint2 x = turned(n, SPREAD == 1 ? k : k + (lane >> 2 & 1));
+      q[n][2 * k] = x.x, q[n][2 * k + 1] = x.y;
+      if constexpr (SPREAD == 2) {
+        q[n][2 * k + 2] = __shfl_xor_sync(~0u, x.x, 4);
+        q[n][2 * k + 3] = __shfl_xor_sync(~0u, x.y, 4);
+      }
+    }
+}
+#endif

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -93,7 +94,7 @@ class BoundKernel:
         values: the kernel's arguments, which may be changed between launches.
     """
 
-    __slots__ = ("_addresses", "_grid", "_where", "values")
+    __slots__ = ("_addresses", "_function", "_grid", "_where", "values")
 
     def __init__(self, kernel: Kernel, blocks: int, arguments: tuple[Any, ...]) -> None:
         """Lays the arguments out; see `Kernel.bind`."""
@@ -103,7 +104,8 @@ class BoundKernel:
         addresses = [ctypes.addressof(value) for value in self.values]
         self._addresses = (ctypes.c_void_p * len(addresses))(*addresses)
         self._where = ctypes.addressof(self._addresses)
-        self._grid = (kernel.function, blocks, 1, 1, kernel.threads, 1, 1, kernel.shared_bytes)
+        self._function = kernel.function
+        self._grid = (blocks, kernel.threads, kernel.shared_bytes)
 
     def __call__(self, stream: int) -> None:
         """Launches on a stream of the device that is current in this thread.
@@ -114,7 +116,28 @@ class BoundKernel:
         Raises:
             RuntimeError: the driver refuses the launch.
         """
-        _checked(driver.cuLaunchKernel(*self._grid, stream, self._where, 0))
+        config = _launch_config(*self._grid, stream)
+        _checked(driver.cuLaunchKernelEx(config, self._function, self._where, 0))
+
+
+@functools.lru_cache(maxsize=256)
+def _launch_config(blocks: int, threads: int, shared_bytes: int, stream: int) -> Any:
+    """Returns how to launch: blocks may start before the launch before has ended.
+
+    The kernel waits for that launch before it reads or writes anything that others share, so that
+    only its set-up overlaps.
+    """
+    attribute = driver.CUlaunchAttribute()
+    attribute.id = (
+        driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    )
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+    config.sharedMemBytes, config.hStream = shared_bytes, stream
+    config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

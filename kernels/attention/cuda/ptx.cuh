@@ -51,21 +51,6 @@ __device__ __forceinline__ uint32_t mul_high(uint32_t x, uint32_t y) {
   return z;
 }
 
-// Both halves of y times the low (high) half of x, plus z.
-__device__ __forceinline__ uint32_t fma_low(uint32_t x, uint32_t y, uint32_t z) {
-  uint32_t w;
-  asm("{.reg .b16 l,h;.reg .b32 t;\nmov.b32 {l,h},%1;\nmov.b32 t,{l,l};\nfma.rn.f16x2 %0,t,%2,%3;}"
-      : "=r"(w) : "r"(x), "r"(y), "r"(z));
-  return w;
-}
-
-__device__ __forceinline__ uint32_t fma_high(uint32_t x, uint32_t y, uint32_t z) {
-  uint32_t w;
-  asm("{.reg .b16 l,h;.reg .b32 t;\nmov.b32 {l,h},%1;\nmov.b32 t,{h,h};\nfma.rn.f16x2 %0,t,%2,%3;}"
-      : "=r"(w) : "r"(x), "r"(y), "r"(z));
-  return w;
-}
-
 // D = A B + C, A 16 x 16 rows of fp16 in registers, B 16 x 8 columns, C and D fp32.
 __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
                                     const float (&c)[4]) {
@@ -118,6 +103,16 @@ __device__ __forceinline__ bool elect() {
   uint32_t x;
   asm volatile("{.reg .pred p;\nelect.sync _|p,0xffffffff;\nselp.b32 %0,1,0,p;}" : "=r"(x));
   return x;
+}
+
+// Lets the next launch's blocks take the places that this one's leave, where its launch allows that.
+__device__ __forceinline__ void release_next_launch() {
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Waits for what the launch before wrote, where this launch was allowed to start before its end.
+__device__ __forceinline__ void wait_for_launch_before() {
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier) {

@@ -16,7 +16,9 @@ constexpr int kValueTile = kRows * 128;
 constexpr int kSlot = SLOT_TILES * (kKeyTile + kValueTile);
 constexpr int kPairs = HEAD_DIM / 2;
 constexpr int kKeyHead = ARCS ? 6 * kPairs : 8 * kPairs;  // parameters of one head and group
-constexpr int kDerived = ARCS ? 8 * kPairs : 6 * kPairs;
+// What `derive` makes of them, after the radii. Rows of turns are padded: a quad's loads meet in no bank.
+constexpr int kClassesAt = 2 * kPairs, kTurnsAt = 4 * kPairs, kTurnsRow = 16 * kSteps + 16;
+constexpr int kDerived = ARCS ? kTurnsAt + 4 * kTurnsRow : 6 * kPairs;
 constexpr int kValueHead = 4 * kGroup;
 // Bytes of the phase table: one a warp of 2^ANGLE_BITS entries a pair, or one for all warps.
 constexpr int kPairTable = 4 << ANGLE_BITS;
@@ -25,7 +27,11 @@ constexpr int kStagingRow = V_HEAD_DIM + 4;  // floats; the pad spreads a warp o
 constexpr int kStaging = WARPS * kColumns * kStagingRow * 4;
 constexpr int kMerged = kColumns * (V_HEAD_DIM + 2) * 4;  // a block's sums, maxima and totals
 constexpr int kRing = WARPS * SLOTS * kSlot;
-constexpr int kStreams = kTable + kRing > kStaging + kMerged ? kTable + kRing : kStaging + kMerged;
+// Queries [column tile, step, lane, e]: (x, y) of pair 8 step + 4e + t, fp16, or fp32 where arcs turn them.
+constexpr int kQueryEntry = ARCS ? 8 : 4;
+constexpr int kQueryBytes = COLUMN_TILES * kSteps * 2 * 32 * kQueryEntry;
+constexpr int kStream = kTable + kRing, kEnd = kStaging + kMerged;
+constexpr int kStreams = kStream > kEnd ? kStream : kEnd;
 
 // Offsets in shared memory.
 constexpr int kRingAt = kTable;
@@ -33,7 +39,6 @@ constexpr int kKeyHeadAt = kStreams;
 constexpr int kDerivedAt = kKeyHeadAt + WARPS * kKeyHead;
 constexpr int kValueHeadAt = kDerivedAt + WARPS * kDerived;
 constexpr int kQueryAt = kValueHeadAt + WARPS * 2 * kValueHead;
-constexpr int kQueryBytes = COLUMN_TILES * kSteps * 2 * 32 * (ARCS ? 8 : 4);
 constexpr int kBarrierAt = kQueryAt + kQueryBytes;
 constexpr int kStateAt = kBarrierAt + WARPS * (SLOTS + 1) * 8;
 constexpr int kShared = kStateAt + WARPS * kColumns * 8;
@@ -44,6 +49,7 @@ constexpr int kPartialRow = V_HEAD_DIM + 2;
 static_assert(SLOT_TILES % kUnitTiles == 0 && kTiles % (SLOTS * SLOT_TILES) == 0);
 static_assert(kShared <= 227 * 1024, "shared memory of a thread block");
 static_assert(ANGLE_BITS == 3 || ANGLE_BITS == 4, "the radius must become fp16 by one product");
+static_assert(SPREAD == 1 || (SPREAD == 2 && COLUMN_TILES == 1), "few columns stand at even places");
 static_assert(kWords == 8 || kWords == 6, "whole codes");
 
 constexpr float kNever = -1e30f;
@@ -52,10 +58,16 @@ constexpr float kLog2 = 0.6931471805599453f;
 constexpr float kSlack = 4.f;
 // Radius codes count in units of 1/16 of a stored step.
 constexpr float kRadiusUnit = 16.f;
+constexpr float kTopCode = ((1 << RADIUS_BITS) - 1) / kRadiusUnit;
 constexpr uint32_t kAngleMask = (((1u << ANGLE_BITS) - 1) << 2) * 0x01010101u;
 constexpr uint32_t kRadiusMask = (((1u << RADIUS_BITS) - 1) << (ANGLE_BITS + 2)) * 0x00010001u;
 // A masked radius code is a denormal of 2^(ANGLE_BITS + 2 - 24); times this fp16 it counts in 16ths.
 constexpr uint32_t kRadiusScale = ((15u + 22 - ANGLE_BITS - 4) << 10) * 0x00010001u;
+
+// Pi halved so many times: exact in the exponent.
+__device__ __forceinline__ float half_turn(uint32_t halvings) {
+  return __uint_as_float(0x40490FDBu - (halvings << 23));
+}
 
 template <typename T>
 __device__ __forceinline__ T read(const uint8_t* p) { return *reinterpret_cast<const T*>(p); }

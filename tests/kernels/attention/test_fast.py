@@ -19,7 +19,7 @@ SMS = 132
 MACROS = {
     "HEAD_DIM": 128, "V_HEAD_DIM": 128, "RADIUS_BITS": 4, "ANGLE_BITS": 4, "ARCS": 0,
     "ROTARY": 128, "INTERLEAVED": 0, "PAGE_GROUPS": 1, "QUERY": 0, "SOFT_CAP": 0,
-    "COLUMN_TILES": 1, "WARPS": 16, "SLOTS": 2, "SLOT_TILES": 1,
+    "COLUMN_TILES": 1, "SPREAD": 2, "WARPS": 16, "SLOTS": 2, "SLOT_TILES": 1,
 }  # fmt: skip
 
 
@@ -92,8 +92,8 @@ def test_the_workspace_holds_every_plan() -> None:
             # Room for the launch's own rows is enough, and so is room for more rows.
             for room_rows in (max_rows, max_rows + 1, 4 * max_rows, sequences * max_rows):
                 room = fast.workspace_bytes(sequences, max(room_rows, max_rows), SMS)
-                column_tiles, (tiles, *_) = fast._columns(max_rows)
-                blocks = room // fast._partial_bytes(tiles)
+                column_tiles, block = fast._columns(max_rows)
+                blocks = room // fast._partial_bytes(block)
                 parts = sequences * 8 * column_tiles
                 assert blocks >= fast._dealt_blocks(sequences, column_tiles, SMS)
                 for groups in (1, 5, 64, 4096):
@@ -119,9 +119,10 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     [
         {},
         {"ARCS": 1, "RADIUS_BITS": 2, "PAGE_GROUPS": 2},
+        {"ARCS": 1, "SPREAD": 1},
         {"RADIUS_BITS": 3, "ANGLE_BITS": 3, "SOFT_CAP": 1, "QUERY": 1, "INTERLEAVED": 1},
         {"HEAD_DIM": 64, "V_HEAD_DIM": 64, "ROTARY": 32, "SLOT_TILES": 2},
-        {"COLUMN_TILES": 2, "WARPS": 8, "SLOTS": 4, "QUERY": 2},
+        {"COLUMN_TILES": 2, "SPREAD": 1, "WARPS": 8, "SLOTS": 4, "QUERY": 2},
     ],
 )
 def test_compiles_for_hopper_without_a_gpu(compiler: ModuleType, changes: dict[str, int]) -> None:

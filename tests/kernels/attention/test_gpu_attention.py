@@ -28,6 +28,7 @@ PROFILES = [
     "k=recursive,v=recursive:log8",
     "k=recursive:deep,v=recursive:deep",
 ]
+FAST = ["k=pair:r4t4:minmax,v=int4", "k=pair:r4t4:arc2,v=int4", "k=pair:r3t3,v=int4"]
 SHAPES = [
     pytest.param(BlockShape(128, 2, 64, 64, "half", 64), id="T128-H2-D64"),
     pytest.param(BlockShape(128, 1, 80, 96, "interleaved", 80), id="T128-H1-D80-Dv96-interleaved"),
@@ -73,14 +74,13 @@ def run(
 
 def check(
     codec: Codec, query: torch.Tensor, stored: Stored,
-    options: AttentionOptions | None = None, error: float = 2e-3, lse_error: float = 2e-3,
+    options: AttentionOptions | None = None, error: float = 2e-3, lse_error: float = 1e-3,
 ) -> None:  # fmt: skip
     out, lse = run(codec, query, stored, options)
     expected, expected_lse = attend(query, stored, options or AttentionOptions())
     seen = torch.isfinite(expected_lse)
     assert torch.equal(seen, torch.isfinite(lse))
     assert (out.double() - expected).norm() <= error * expected.norm()
-    # Scores of few tokens carry the rounding of keys to fp16, which longer sequences average.
     assert (lse.double() - expected_lse)[seen].abs().max() <= lse_error
     assert (out[~seen] == 0).all()
     assert (lse[~seen] == -torch.inf).all()
@@ -94,7 +94,21 @@ def check(
 def test_shapes(text: str, shape: BlockShape) -> None:
     codec = codec_of(text, shape)
     stored = store(codec, [300, 1, 0, 128, 1000], [2, 1, 1, 3, 1], device="cuda")
-    check(codec, torch.randn(8, 3 * shape.kv_heads, shape.head_dim).half(), stored)
+    # One token carries the rounding of its keys to fp16, which the pair codecs compute exactly.
+    lse_error = 2e-3 if "k=polar" in text else 1e-3
+    query = torch.randn(8, 3 * shape.kv_heads, shape.head_dim).half()
+    check(codec, query, stored, lse_error=lse_error)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize("text", FAST)
+def test_few_tokens(text: str, rows: int) -> None:
+    codec = codec_of(text, BlockShape(128, 2, 128, 128, "half", 128))
+    lengths = [1] * 8 + [2, 3, 16, 17, 127, 128, 0, 129]
+    stored = store(codec, lengths, [rows] * len(lengths), device="cuda")
+    query = torch.randn(rows * len(lengths), 8, 128).half()
+    check(codec, query, stored)
+    check(codec, 20 * query, stored, error=5e-3, lse_error=5e-2)
 
 
 @pytest.mark.parametrize("share", [1, 2, 3, 4, 6, 7, 8, 16])
@@ -129,11 +143,13 @@ def test_rows_of_a_shared_prefix() -> None:
 
 @pytest.mark.parametrize("text", PROFILES)
 def test_long_sequences_and_peaked_scores(text: str) -> None:
-    codec = codec_of(text, BlockShape(128, 1, 128, 128, "half", 128))
-    stored = store(codec, [9000, 4096], [1, 1], device="cuda")
-    query = torch.randn(2, 4, 128).half()
-    check(codec, query, stored, lse_error=1e-3)
-    check(codec, 20 * query, stored, error=5e-3, lse_error=4e-2)
+    codec = codec_of(text, BlockShape(128, 4, 128, 128, "half", 128))
+    # Hundreds of heads: the error of a peaked one hangs on two tokens, so that few heads scatter.
+    lengths = [9000, 4096, *[1000] * 22]
+    stored = store(codec, lengths, [1] * len(lengths), device="cuda")
+    query = torch.randn(len(lengths), 16, 128).half()
+    check(codec, query, stored)
+    check(codec, 20 * query, stored, error=5e-3, lse_error=1e-1)
     _, lse = run(codec, 0 * query, stored)
     assert torch.allclose(lse[0], torch.tensor(9000.0).log())
 
