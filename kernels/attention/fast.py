@@ -170,7 +170,7 @@ class FastDecode:
         """Returns the bytes of partial states that a launch may need."""
         column_tiles, block = self._columns(max_rows)
         parts = self._shape.kv_heads * column_tiles
-        # Even plans have at most four waves of blocks or one a part, dealt ones a wave more than that.
+        # Even plans have at most four waves of blocks or one a part, dealt ones a wave more.
         blocks = num_sequences * parts + max(4 * processors, parts)
         return blocks * self._partial_bytes(block)
 

@@ -186,7 +186,7 @@ def attend_kernel(
             scores = tl.dot(q_high, tl.trans(k))
             if q_ptr.dtype.element_ty == tl.float32:
                 scores += tl.dot(q_low, tl.trans(k)) * (1.0 / LOW_SHIFT)
-            if KEY_KIND == "pair" or KEY_KIND == "arc2":
+            if KEY_KIND == "pair" or KEY_KIND == "arc2":  # noqa: SIM102 known when compiled
                 if length <= FEW_TOKENS:
                     # Decoded again, so that longer sequences hold no registers for it.
                     low = load_keys(

@@ -128,6 +128,11 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
 
   // Queries, read early so that their latency hides behind the set-up: entry [tile, step, e, lane] is the
   // pair 8 step + 4e + t of column 8 tile + g.
+  const auto query_of = [&](size_t row, int pair) {
+    const int2 channels = channels_of(pair);
+    return make_float2(query_element(query, row * HEAD_DIM + channels.x),
+                       query_element(query, row * HEAD_DIM + channels.y));
+  };
   constexpr int kEntries = COLUMN_TILES * kSteps * 2 * 32;
   constexpr int kLoads = (kEntries + kThreads - 1) / kThreads;
   float qx[kLoads], qy[kLoads];
@@ -135,13 +140,10 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
   for (int j = 0; j < kLoads; j++) {
     const int i = threadIdx.x + j * kThreads, l = i & 31, step = (i >> 6) % kSteps;
     const int column = ((i >> 6) / kSteps * 8 + (l >> 2)) / SPREAD;
-    qx[j] = qy[j] = 0.f;
-    if (i < kEntries && column < columns) {
-      const int2 channels = channels_of(step * 8 + ((i >> 5) & 1) * 4 + (l & 3));
-      const size_t row = row_of(column) * HEAD_DIM;
-      qx[j] = query_element(query, row + channels.x);
-      qy[j] = query_element(query, row + channels.y);
-    }
+    float2 own = make_float2(0.f, 0.f);
+    if (i < kEntries && column < columns)
+      own = query_of(row_of(column), step * 8 + ((i >> 5) & 1) * 4 + (l & 3));
+    qx[j] = own.x, qy[j] = own.y;
   }
 
   if (lane == 0) {
@@ -202,7 +204,8 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
   const bool few = groups == 1;
   if (few && work.split == 0) {
     const uint8_t* const first = address_of(page_of(0));
-    score_exactly(keys_of(first, 0), first + key_parameters, first + key_radii, shared + kQueryAt, exact,
+    const auto row = [&](int column) { return row_of(min(column, columns - 1)); };
+    score_exactly(keys_of(first, 0), first + key_parameters, first + key_radii, row, query_of, exact,
                   scale, warp, lane);
     __syncthreads();
   }
@@ -259,13 +262,24 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
       radii[4 * i] = r.x, radii[4 * i + 1] = r.y, radii[4 * i + 2] = r.z, radii[4 * i + 3] = r.w;
     }
 #endif
-    __syncwarp();
-    if (next < groups && elect()) fetch_head(coming, next, turn ^ 1);
     float start[COLUMN_TILES][4];  // of the scores' accumulators: what is taken off
 #pragma unroll
     for (int n = 0; n < COLUMN_TILES; n++)
 #pragma unroll
       for (int e = 0; e < 4; e++) start[n][e] = SOFT_CAP || e % SPREAD ? 0.f : -top[n][e & 1];
+#if ARCS
+    if (!few && groups <= kFewGroups) {
+#pragma unroll
+      for (int n = 0; n < COLUMN_TILES; n++) {
+        const float lost = lost_by_turning(shared + kQueryAt, parameters, derived, n, lane);
+#pragma unroll
+        for (int e = 0; e < 4; e += SPREAD)
+          start[n][e] += __shfl_sync(~0u, lost, 4 * (2 * t + (e & 1)));
+      }
+    }
+#endif
+    __syncwarp();
+    if (next < groups && elect()) fetch_head(coming, next, turn ^ 1);
 
 #pragma unroll
     for (int unit = 0; unit < kTiles / kUnitTiles; unit++) {

@@ -3,9 +3,11 @@
 #include "keys.cuh"
 
 // Writes scores times `scale` of the tokens of one group at `scores`, fp32 [token, column], from the codes
-// and parameters of the group's page. Warps take 16 x 8 scores each; the block waits before it reads them.
+// and parameters of the group's page; `row_of` gives the row of a column, `query_of` (x, y) of a row and
+// pair. Warps take a tile of tokens and columns each; the block waits before it reads them.
+template <typename Row, typename Query>
 __device__ __forceinline__ void score_exactly(const uint8_t* codes, const uint8_t* parameters,
-                                              const uint8_t* radii, const uint8_t* query,
+                                              const uint8_t* radii, Row row_of, Query query_of,
                                               float* scores, float scale, int warp, int lane) {
   const int g = lane >> 2, t = lane & 3;
 #pragma unroll 1
@@ -23,6 +25,9 @@ __device__ __forceinline__ void score_exactly(const uint8_t* codes, const uint8_
       words[4] = b.x, words[5] = b.y;
     }
     float sums[2][8];
+    size_t rows[8];
+#pragma unroll
+    for (int c = 0; c < 8; c += SPREAD) rows[c] = row_of((n * 8 + c) / SPREAD);
 #pragma unroll
     for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -59,14 +64,7 @@ __device__ __forceinline__ void score_exactly(const uint8_t* codes, const uint8_
         }
 #pragma unroll
         for (int c = 0; c < 8; c += SPREAD) {
-          const uint8_t* const place =
-              query + kQueryEntry * (((n * kSteps + step) * 32 + c * 4 + t) * 2 + e);
-#if ARCS
-          const float2 q = read<float2>(place);
-#else
-          const uint32_t both = read<uint32_t>(place);
-          const float2 q = make_float2(low_half(both), high_half(both));
-#endif
+          const float2 q = query_of(rows[c], 8 * step + 4 * e + t);
 #pragma unroll
           for (int i = 0; i < 2; i++)
             sums[i][c] = fmaf(key[i].x, q.x, fmaf(key[i].y, q.y, sums[i][c]));

@@ -104,29 +104,55 @@ __device__ __forceinline__ uint32_t codes_of(const uint32_t* words, int step) {
 }
 
 #if ARCS
-// Turns a lane's columns of queries to the starts of the group's arcs: (x, y) of pairs 8k + t and 8k + t + 4.
-// Where columns stand at even places, a lane turns every other step for its neighbour too.
+// A lane's column of queries turned to the starts of the group's arcs: pairs 8k + t and 8k + t + 4.
+__device__ __forceinline__ float4 turned(const uint8_t* query, const uint8_t* derived, int n, int k,
+                                         int lane) {
+  const float4 turn = read<float4>(derived + kTurnsAt + (lane & 3) * kTurnsRow + k * 16);
+  const float4 own = read<float4>(query + 16 * ((n * kSteps + k) * 32 + lane));
+  return make_float4(fmaf(turn.x, own.x, turn.y * own.y), fmaf(turn.x, own.y, -turn.y * own.x),
+                     fmaf(turn.z, own.z, turn.w * own.w), fmaf(turn.z, own.w, -turn.w * own.z));
+}
+
+// All of them, as the tensor cores take them. Where columns stand at even places, a lane turns every
+// other step for its neighbour too.
 __device__ __forceinline__ void turn_queries(const uint8_t* query, const uint8_t* derived, int lane,
                                              uint32_t (&q)[COLUMN_TILES][2 * kSteps]) {
-  const uint8_t* const turns = derived + kTurnsAt + (lane & 3) * kTurnsRow;
-  const auto turned = [&](int n, int k) {
-    const float4 turn = read<float4>(turns + k * 16);
-    const float4 own = read<float4>(query + 16 * ((n * kSteps + k) * 32 + lane));
-    return make_uint2(pack_half2(fmaf(turn.x, own.x, turn.y * own.y),
-                                 fmaf(turn.x, own.y, -turn.y * own.x)),
-                      pack_half2(fmaf(turn.z, own.z, turn.w * own.w),
-                                 fmaf(turn.z, own.w, -turn.w * own.z)));
-  };
 #pragma unroll
   for (int n = 0; n < COLUMN_TILES; n++)
 #pragma unroll
     for (int k = 0; k < kSteps; k += SPREAD) {
-      const uint2 x = turned(n, SPREAD == 1 ? k : k + (lane >> 2 & 1));
-      q[n][2 * k] = x.x, q[n][2 * k + 1] = x.y;
+      const float4 x = turned(query, derived, n, SPREAD == 1 ? k : k + (lane >> 2 & 1), lane);
+      q[n][2 * k] = pack_half2(x.x, x.y), q[n][2 * k + 1] = pack_half2(x.z, x.w);
       if constexpr (SPREAD == 2) {
-        q[n][2 * k + 2] = __shfl_xor_sync(~0u, x.x, 4);
-        q[n][2 * k + 3] = __shfl_xor_sync(~0u, x.y, 4);
+        q[n][2 * k + 2] = __shfl_xor_sync(~0u, q[n][2 * k], 4);
+        q[n][2 * k + 3] = __shfl_xor_sync(~0u, q[n][2 * k + 1], 4);
       }
     }
+}
+
+// What rounding takes off a column of turned queries, times the key in the middle of the group's: a score
+// that all tokens of the group lack, which only many groups average.
+__device__ __forceinline__ float lost_by_turning(const uint8_t* query, const uint8_t* parameters,
+                                                 const uint8_t* derived, int n, int lane) {
+  const int t = lane & 3;
+  float lost = 0.f;
+#pragma unroll 1
+  for (int k = 0; k < kSteps; k++) {
+    const float4 x = turned(query, derived, n, k, lane);
+    const uint32_t first = pack_half2(x.x, x.y), second = pack_half2(x.z, x.w);
+    const uint32_t radii = read<uint32_t>(derived + 4 * (t * kSteps + k));
+    // Arcs of a whole turn have no middle.
+    const uint32_t wide = parameters[kPairs + 8 * k + t] & 15u;
+    const uint32_t wide4 = parameters[kPairs + 8 * k + t + 4] & 15u;
+    const float half = half_turn(min(wide, 8u)), half4 = half_turn(min(wide4, 8u));
+    if (wide)
+      lost += (low_half(radii) + kTopCode / 2) * ((x.x - low_half(first)) * __cosf(half) +
+                                                  (x.y - high_half(first)) * __sinf(half));
+    if (wide4)
+      lost += (high_half(radii) + kTopCode / 2) * ((x.z - low_half(second)) * __cosf(half4) +
+                                                   (x.w - high_half(second)) * __sinf(half4));
+  }
+  lost += __shfl_xor_sync(~0u, lost, 1);
+  return lost + __shfl_xor_sync(~0u, lost, 2);
 }
 #endif

@@ -128,9 +128,7 @@ def _launch_config(blocks: int, threads: int, shared_bytes: int, stream: int) ->
     only its set-up overlaps.
     """
     attribute = driver.CUlaunchAttribute()
-    attribute.id = (
-        driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    )
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     attribute.value.programmaticStreamSerializationAllowed = 1
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1

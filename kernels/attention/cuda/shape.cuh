@@ -9,7 +9,7 @@ constexpr int kSteps = HEAD_DIM / 16;                 // steps of 8 pairs
 constexpr int kUnitTiles = 8 / kSteps;                // tiles whose codes fill whole words
 constexpr int kWords = RADIUS_BITS + ANGLE_BITS;      // words of a lane in a unit
 constexpr int kRows = V_HEAD_DIM / 16;                // value channels, in blocks of 16
-constexpr int kColumns = 8 * COLUMN_TILES;            // query columns of a thread block
+constexpr int kColumns = 8 * COLUMN_TILES / SPREAD;   // query columns of a thread block
 constexpr int kThreads = 32 * WARPS;
 constexpr int kKeyTile = kWords * 128 / kUnitTiles;   // bytes
 constexpr int kValueTile = kRows * 128;
@@ -52,6 +52,8 @@ static_assert(ANGLE_BITS == 3 || ANGLE_BITS == 4, "the radius must become fp16 b
 static_assert(SPREAD == 1 || (SPREAD == 2 && COLUMN_TILES == 1), "few columns stand at even places");
 static_assert(kWords == 8 || kWords == 6, "whole codes");
 
+// Sequences of at most so many groups do not average what rounding takes off a whole group.
+constexpr int kFewGroups = 16;
 constexpr float kNever = -1e30f;
 constexpr float kLog2 = 0.6931471805599453f;
 // The running maximum trails the true one by at most 2^kSlack, so weights stay below 2^kSlack.
