@@ -139,23 +139,24 @@ def test_a_bound_launch_hands_the_driver_what_its_values_are(
     seen: list[tuple[Any, ...]] = []
 
     def launch(*arguments: Any) -> tuple[Any]:
-        *grid, stream, addresses, extra = arguments
+        config, function, addresses, extra = arguments
+        grid = [function, config.gridDimX, config.blockDimX, config.sharedMemBytes]
         pointers = ctypes.cast(addresses, ctypes.POINTER(ctypes.c_void_p))
         read = [
             ctypes.cast(pointers[i], ctypes.POINTER(kind)).contents.value or 0
             for i, kind in enumerate(module._TYPES)
         ]
-        seen.append((grid, stream, extra, read))
+        seen.append((grid, int(config.hStream), extra, read))
         return (module.driver.CUresult.CUDA_SUCCESS,)
 
-    monkeypatch.setattr(module.driver, "cuLaunchKernel", launch)
+    monkeypatch.setattr(module.driver, "cuLaunchKernelEx", launch)
     numbers = list(range(1, len(module._TYPES) + 1))
     bound = module.Kernel("function", 512, 4096).bind(7, tuple(numbers))
     prepared = PreparedDecode(bound, [10, 20, 30, 40, 50])
     for slice_offset, stream in ((0, 1), (1000, 2)):
         prepared(slice_offset, stream)
         grid, told_stream, extra, read = seen[-1]
-        assert grid == ["function", 7, 1, 1, 512, 1, 1, 4096]
+        assert grid == ["function", 7, 512, 4096]
         assert (told_stream, extra) == (stream, 0)
         assert read[:8] == numbers[:8]
         assert read[8:13] == [slice_offset + offset for offset in (10, 20, 30, 40, 50)]
