@@ -9,6 +9,7 @@ a lane at once. Words of four streams are turned left by two bits, which multipl
 every byte by four: the offset of a 4-byte table entry, ready for use as an address.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
@@ -70,16 +71,17 @@ def unpack_field(field: Field, packed: Tensor) -> Tensor:
     if field.dtype != "code":
         # The copy is aligned, whatever the address of `packed`.
         stored = source.clone(memory_format=torch.contiguous_format).view(torch.float16)
-    elif order.streams == 1:
-        stored = unpack_bits(source, field.bits, field.num_bytes * 8 // field.bits)
     else:
-        words = source.clone(memory_format=torch.contiguous_format)
         if order.streams == _PAIR_STREAMS:
-            turned = _turned(words.view(torch.int32), 8 * WORD_BYTES - _TURN_BITS)
-            words = turned.view(torch.uint8)
-        _, inverse = _byte_index(order, field.bits, field.num_bytes, words.device)
-        streams = _taken(words, inverse)
-        stored = unpack_bits(streams, field.bits, field.num_bytes * 8 // field.bits)
+            words = source.clone(memory_format=torch.contiguous_format).view(torch.int32)
+            source = _turned(words, 8 * WORD_BYTES - _TURN_BITS).view(torch.uint8)
+        places = _byte_places(order, field.bits, field.num_bytes, source.device)
+        if places is not None:
+            return _unpack_bytes(source, field.bits, places).view(packed.shape[0], *field.shape)
+        if order.streams > 1:
+            _, inverse = _byte_index(order, field.bits, field.num_bytes, source.device)
+            source = _taken(source, inverse)
+        stored = unpack_bits(source, field.bits, field.num_bytes * 8 // field.bits)
     numbers = _taken(stored, _number_index(order, stored.device)[1])
     return numbers.view(packed.shape[0], *field.shape)
 
@@ -140,6 +142,74 @@ def _byte_index(
     chunks = [chunk.flatten(1) for chunk in torch.split(lanes, sizes, 2)]
     index = torch.cat(chunks, 1).flatten()
     return index.to(device), torch.argsort(index).to(device)
+
+
+@dataclass(frozen=True, slots=True)
+class _BytePlaces:
+    """Where the codes of a field lie whose bytes hold whole codes, all in the same pattern.
+
+    Attributes:
+        index: stored byte that holds the first code of each place of `outer`, int64 [num_bytes].
+        split: the field's shape, split so that each of the axes below is one of its axes.
+        inner: for each code of a byte, from its lowest bits up, its place in the axes of `split`
+            that lie within a byte; None for the other axes.
+    """
+
+    index: Tensor
+    split: tuple[int, ...]
+    inner: tuple[tuple[int | None, ...], ...]
+
+
+@lru_cache(maxsize=128)
+def _byte_places(
+    order: Order, bits: int, num_bytes: int, device: torch.device
+) -> _BytePlaces | None:
+    """Returns where a field's codes lie; None if bytes do not hold whole codes in one pattern."""
+    if 8 % bits:
+        return None
+    left = 8 // bits
+    within = [1] * len(order.split)  # Codes of an axis that follow each other within a byte.
+    fastest: list[int] = []
+    for axis in reversed(order.axes):
+        within[axis] = min(order.split[axis], left)
+        if order.split[axis] % within[axis] or left % within[axis]:
+            return None
+        left //= within[axis]
+        if within[axis] > 1:
+            fastest.append(axis)
+    split: list[int] = []
+    at: dict[int, int] = {}
+    for axis, (size, part) in enumerate(zip(order.split, within, strict=True)):
+        if size > part or part == 1:
+            split.append(size // part)
+        if part > 1:
+            at[axis] = len(split)
+            split.append(part)
+    inner: list[tuple[int | None, ...]] = []
+    for code in range(8 // bits):
+        place: list[int | None] = [None] * len(split)
+        for axis in fastest:
+            code, place[at[axis]] = divmod(code, within[axis])
+        inner.append(tuple(place))
+    index = torch.argsort(_number_index(order, device)[0].view(num_bytes, -1)[:, 0])
+    if order.streams > 1:
+        index = _byte_index(order, bits, num_bytes, device)[1][index]
+    return _BytePlaces(index, tuple(split), tuple(inner))
+
+
+def _unpack_bytes(packed: Tensor, bits: int, places: _BytePlaces) -> Tensor:
+    """Unpacks codes, uint8 [N, num_codes], from bytes uint8 [N, num_bytes]."""
+    taken = _taken(packed, places.index)
+    if bits == 8:
+        return taken
+    rows = packed.shape[0]
+    codes = packed.new_empty((rows, *places.split))
+    outer = [size for size, part in zip(places.split, places.inner[0], strict=True) if part is None]
+    for code, place in enumerate(places.inner):
+        which = tuple(slice(None) if part is None else part for part in place)
+        lane = (taken >> (code * bits)) & ((1 << bits) - 1)
+        copy_bytes(lane.view(rows, *outer), codes[(slice(None), *which)])
+    return codes.flatten(1)
 
 
 def _turned(words: Tensor, bits: int) -> Tensor:

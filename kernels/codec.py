@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from polarcache.kernels.gpu.launch import Plan
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Four slices at a time share the per-call overhead and still fit a core's caches (measured on one
-# EPYC core, 2026-11-24, T128 H8 D128); a GPU takes what fits 64 MiB of fp32.
-_CPU_CHUNK_SLICES = 4
+# Slices of so many numbers a side share the per-call overhead and still fit a core's caches
+# (measured on one EPYC core, 2026-11-24: four slices of T128 H8 D128, sixteen of H2); a GPU takes
+# what fits 64 MiB of fp32.
+_CPU_CHUNK_NUMBERS = 1 << 19
 _GPU_CHUNK_BYTES = 64 << 20
 
 _Numbers = dict[str, Tensor]
@@ -231,12 +232,12 @@ class Codec:
     def _chunks(self, packed: Tensor) -> Iterator[slice]:
         """Yields slice ranges small enough for temporaries to stay in cache or memory."""
         shape = self.shape
-        step = _CPU_CHUNK_SLICES
+        numbers = shape.tokens * shape.kv_heads * max(shape.head_dim, shape.v_head_dim)
+        step = max(1, _CPU_CHUNK_NUMBERS // numbers)
         if packed.device.type != "cpu" and self._exact_or_kernels(packed):
             step = max(1, packed.shape[0])
         elif packed.device.type != "cpu":
-            widest = max(shape.head_dim, shape.v_head_dim)
-            step = max(1, _GPU_CHUNK_BYTES // (4 * shape.tokens * shape.kv_heads * widest))
+            step = max(1, _GPU_CHUNK_BYTES // (4 * numbers))
         for start in range(0, packed.shape[0], step):
             yield slice(start, start + step)
 
