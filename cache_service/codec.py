@@ -136,15 +136,48 @@ class BlockCodec:
         slices = [self._slices(place) for place in places]
         if self.only_copies(packed=packed):
             return [tensor_bytes(one) for one in slices]
-        stored = torch.cat(slices)
+        num_slices = sum(len(one) for one in slices)
+        rows = torch.empty(num_slices, self.slice_bytes(packed=packed), dtype=torch.uint8)
+        self._fill(rows, slices, packed=packed)
+        return [tensor_bytes(one) for one in rows.split([len(one) for one in slices])]
+
+    def read_into(self, places: Sequence[Place], target: memoryview, *, packed: bool) -> int:
+        """Writes the wire bytes of slices to memory, one after the other.
+
+        Args:
+            places: Where they are.
+            target: Where they go; longer than them, or as long.
+            packed: Whether to write packed form.
+
+        Returns:
+            Their bytes.
+        """
+        slices = [self._slices(place) for place in places]
+        size = self.slice_bytes(packed=packed)
+        num_bytes = size * sum(len(one) for one in slices)
+        self._fill(bytes_tensor(target[:num_bytes]).view(-1, size), slices, packed=packed)
+        return num_bytes
+
+    def _fill(self, rows: torch.Tensor, slices: Sequence[torch.Tensor], *, packed: bool) -> None:
+        """Writes wire bytes of slices, uint8 [N, slice_bytes] on the CPU."""
+        if self.only_copies(packed=packed):
+            end = 0
+            for one in slices:
+                # Without the lock of the interpreter.
+                np.copyto(rows[end : end + len(one)].numpy(), one.numpy())
+                end += len(one)
+            return
+        stored = torch.cat(list(slices))
         if packed or self._raw_is_packed:
-            rows = stored
-        else:
-            size = self._layout.raw_slice_bytes
-            rows = torch.empty(len(stored), size, dtype=torch.uint8, device=self._device)
-            keys, values = self._split(rows)
-            self._codec.decode(stored, keys, values)
-        return [tensor_bytes(one) for one in rows.cpu().split([len(one) for one in slices])]
+            rows.copy_(stored)
+            return
+        decoded = (
+            rows if self._device.type == "cpu" else torch.empty_like(rows, device=self._device)
+        )
+        keys, values = self._split(decoded)
+        self._codec.decode(stored, keys, values)
+        if decoded is not rows:
+            rows.copy_(decoded)
 
     def _slices(self, place: Place) -> torch.Tensor:
         """Packed slices at a place, uint8 [len(place.layers), packed.slice_bytes]."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
-import numpy as np
-
 from polarcache.cache_service.codec import Place
 from polarcache.cache_service.metrics import Counters
 from polarcache.cache_service.namespaces import Namespace, NamespaceRegistry
@@ -192,12 +190,10 @@ class RetrieveTransfer:
 
     def into_region(self, frame: list[Part], where: pb.RegionRange, view: memoryview) -> bytes:
         """A frame whose payload is put into shared memory."""
-        target = np.frombuffer(view, dtype=np.uint8)
-        end = 0
-        for buffer in self._read(frame):
-            # Without the lock of the interpreter.
-            np.copyto(target[end : end + len(buffer)], np.frombuffer(buffer, dtype=np.uint8))
-            end += len(buffer)
+        start_ns = time.monotonic_ns()
+        codec = self._namespace.codec
+        num_bytes = codec.read_into(self._places(frame), view, packed=self._packed)
+        self._count_read(start_ns, num_bytes)
         spans = _spans(frame)
         return pb.RetrieveResponse(spans=spans, region=where).SerializeToString()
 
@@ -222,12 +218,17 @@ class RetrieveTransfer:
 
     def _read(self, frame: list[Part]) -> list[Buffer]:
         start_ns = time.monotonic_ns()
-        entries, memory = self._pinned.entries, self._store.memory
-        places = [Place(memory.view(entries[i].page), layers) for i, layers in frame]
-        buffers = self._namespace.codec.read(places, packed=self._packed)
-        self._counters.add("codec_decode_ns_total", time.monotonic_ns() - start_ns)
-        self._counters.add("sent_payload_bytes_total", sum(len(buffer) for buffer in buffers))
+        buffers = self._namespace.codec.read(self._places(frame), packed=self._packed)
+        self._count_read(start_ns, sum(len(buffer) for buffer in buffers))
         return buffers
+
+    def _places(self, frame: list[Part]) -> list[Place]:
+        entries, memory = self._pinned.entries, self._store.memory
+        return [Place(memory.view(entries[i].page), layers) for i, layers in frame]
+
+    def _count_read(self, start_ns: int, num_bytes: int) -> None:
+        self._counters.add("codec_decode_ns_total", time.monotonic_ns() - start_ns)
+        self._counters.add("sent_payload_bytes_total", num_bytes)
 
 
 def _spans(frame: list[Part]) -> list[pb.Span]:

@@ -38,15 +38,21 @@ class BlockTransport:
         self._local: LocalPool | None = None
 
     def service(self, describe: Callable[[], pb.DescribeResponse]) -> pb.DescribeResponse:
-        """What the service told of itself when it was first met."""
+        """What the service told of itself when it was first met.
+
+        Then shared memory is set up as well, so that the first transfer need not.
+        """
         service = self._service
         if service is not None:
             return service
         service = describe()
+        pool = None
         with self._lock:
             if self._service is None:
                 self._service = service
-                self._local = LocalPool(service, self._shared_memory_bytes)
+                pool = self._local = LocalPool(service, self._shared_memory_bytes)
+        if pool is not None and (connection := pool.borrow()) is not None:
+            pool.give_back(connection)
         return service
 
     def forget_service(self) -> None:

@@ -95,7 +95,9 @@ class PolarCacheConnector(KVConnectorBase_V1, SupportsHMA):
                     'Set it to "recompute".',
                     transfer.kv_load_failure_policy,
                 )
-            self._link = StoreLink(self._config, self._identity.specs)
+            # It moves no blocks.
+            config = self._config.model_copy(update={"shared_memory_bytes": 0})
+            self._link = StoreLink(config, self._identity.specs)
             self._lookups = Lookups(self._link, self._config)
             max_pinned = int(self._config.max_pinned * kv_cache_config.num_blocks)
             self._pins = PinnedBlocks(len(self._identity.specs), max_pinned)
@@ -169,7 +171,9 @@ class PolarCacheConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose loads have ended."""
-        return None, self._on_worker().take_finished_loads() or None
+        worker = self._on_worker()
+        worker.wait_while_idle(self._plan())
+        return None, worker.take_finished_loads() or None
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Engine blocks that must be computed after all."""

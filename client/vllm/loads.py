@@ -68,11 +68,27 @@ class Load:
         if len(self._layer_fences) > layer:
             cache.wait_in_engine(self._layer_fences[layer])
 
-    def run(self, link: StoreLink, cache: EngineCache, config: ConnectorConfig) -> None:
-        """Loads. Never raises what the store may cause: what is missing is computed."""
+    def run(
+        self,
+        link: StoreLink,
+        cache: EngineCache,
+        config: ConnectorConfig,
+        some_ended: threading.Event,
+    ) -> None:
+        """Loads. Never raises what the store may cause: what is missing is computed.
+
+        Args:
+            link: Connection to the store.
+            cache: The engine's cache.
+            config: The connector's options.
+            some_ended: Set once this load has ended.
+        """
         began_s = time.monotonic()
+        match: Match | None = None
         try:
-            self._run(link, cache, config)
+            (namespace,) = link.wait(config.lookup_timeout_ms / 1000)
+            match = self._match(namespace)
+            self._run(link, cache, config, match)
         except PolarCacheError as error:
             _log.warning("load failed: %s: %s", type(error).__name__, error)
             link.failed(error)
@@ -81,26 +97,27 @@ class Load:
             with self._changed:
                 self._is_done = True
                 self._changed.notify_all()
+            some_ended.set()
+            # The engine does not wait for this.
+            if match is not None:
+                self._release(link, match)
 
-    def _run(self, link: StoreLink, cache: EngineCache, config: ConnectorConfig) -> None:
-        (namespace,) = link.wait(config.lookup_timeout_ms / 1000)
-        match = self._match(namespace)
+    def _run(
+        self, link: StoreLink, cache: EngineCache, config: ConnectorConfig, match: Match
+    ) -> None:
         block_ids: tuple[int, ...] = ()
-        try:
-            for layer, (keys, values) in enumerate(self._layers(link, match, config)):
-                num_blocks = max(0, len(keys) - self.job.skip_tokens) // self._engine_block_tokens
-                block_ids = self.job.block_ids[:num_blocks]
-                fence: Fence = None
-                if block_ids:
-                    keys, values = keys[self.job.skip_tokens :], values[self.job.skip_tokens :]
-                    fence = cache.write(layer, block_ids, keys, values, self._fence)
-                    self.loaded_bytes += keys.nbytes + values.nbytes
-                with self._changed:
-                    self._layer_fences.append(fence)
-                    self._changed.notify_all()
-            cache.finish_writes()
-        finally:
-            self._release(link, match)
+        for layer, (keys, values) in enumerate(self._layers(link, match, config)):
+            num_blocks = max(0, len(keys) - self.job.skip_tokens) // self._engine_block_tokens
+            block_ids = self.job.block_ids[:num_blocks]
+            fence: Fence = None
+            if block_ids:
+                keys, values = keys[self.job.skip_tokens :], values[self.job.skip_tokens :]
+                fence = cache.write(layer, block_ids, keys, values, self._fence)
+                self.loaded_bytes += keys.nbytes + values.nbytes
+            with self._changed:
+                self._layer_fences.append(fence)
+                self._changed.notify_all()
+        cache.finish_writes()
         if len(self._layer_fences) == self._num_layers:
             self.missing = self.job.block_ids[len(block_ids) :]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from polarcache.client._types import Match, Namespace
@@ -61,7 +61,7 @@ class Lookup:
 
 
 class Lookups:
-    """Looks prefixes up for all ranks, in threads. Its methods never wait.
+    """Looks prefixes up for all ranks, in threads. Only `wait` waits.
 
     Args:
         link: Connection to the store.
@@ -96,8 +96,16 @@ class Lookups:
             return NOTHING
         if self._clock() < lookup.deadline_s:
             return None
+        _log.warning(
+            "a lookup has no answer after %.0f ms (polarcache.lookup_timeout_ms): it is a miss",
+            1000 * self._timeout_s,
+        )
         self.drop(lookup)
         return NOTHING
+
+    def wait(self, lookup: Lookup, timeout_s: float) -> None:
+        """Waits until a lookup is done."""
+        wait([lookup.future], timeout_s)
 
     def is_stale(self, found: FoundPrefix) -> bool:
         """Whether the leases are too old to begin a load with."""

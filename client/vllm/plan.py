@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-__all__ = ["LeasedPrefix", "LoadJob", "StepPlan", "StoreJob", "WorkerReport"]
+__all__ = ["IDLE_WAIT_S", "LeasedPrefix", "LoadJob", "StepPlan", "StoreJob", "WorkerReport"]
 
 KeyT = TypeVar("KeyT")
+
+# While the engine computes nothing, each side of the connector waits so long, at most, in a step
+# for what the engine waits for: vLLM would only spin, holding the interpreter's lock and the core
+# that background threads need. Short, for a new request waits as well.
+IDLE_WAIT_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +72,18 @@ class StoreJob:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """What the workers shall do in one step."""
+    """What the workers shall do in one step.
+
+    Attributes:
+        loads: Loads to begin.
+        stores: Stores to begin.
+        may_wait: Whether there is nothing to compute and no lookup to wait for, so that a worker
+            may wait for a transfer to end.
+    """
 
     loads: tuple[LoadJob, ...] = ()
     stores: tuple[StoreJob, ...] = ()
+    may_wait: bool = False
 
 
 @dataclass(slots=True)

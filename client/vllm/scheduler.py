@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,13 @@ from polarcache.client.vllm.identity import EngineIdentity
 from polarcache.client.vllm.link import StoreLink
 from polarcache.client.vllm.lookups import FoundPrefix, Lookup, Lookups
 from polarcache.client.vllm.pins import PinnedBlocks
-from polarcache.client.vllm.plan import LoadJob, StepPlan, StoreJob, WorkerReport
+from polarcache.client.vllm.plan import (
+    IDLE_WAIT_S,
+    LoadJob,
+    StepPlan,
+    StoreJob,
+    WorkerReport,
+)
 from polarcache.client.vllm.recent import RecentKeys
 
 __all__ = ["SchedulerSide"]
@@ -81,6 +88,9 @@ class SchedulerSide:
         self._seen_namespaces = link.namespaces
         self._tracked: dict[str, _Tracked] = {}
         self._loads: list[LoadJob] = []
+        self._computing: set[str] = set()
+        self._wait_left_s = IDLE_WAIT_S
+        self._has_awaited = False
         self._next_job_id = 0
 
     # -- lookup and load --------------------------------------------------------------------
@@ -103,11 +113,12 @@ class SchedulerSide:
         keys = self._keys(request, self._loadable(request))
         if tracked.lookup is None:
             tracked.lookup = self._lookups.start(keys)
-        found = self._lookups.result(tracked.lookup)
+        found = self._result(tracked.lookup)
         if found is not None and self._lookups.is_stale(found):
             self._drop_lookup(tracked)
             tracked.lookup, found = self._lookups.start(keys), None
         if found is None:
+            self._has_awaited = True
             return None, False
         tracked.num_stored = max(tracked.num_stored, found.num_blocks)
         self._recent.add(keys[: found.num_blocks])
@@ -138,6 +149,7 @@ class SchedulerSide:
 
     def finished(self, request_id: str) -> None:
         """Forgets a request."""
+        self._computing.discard(request_id)
         tracked = self._tracked.pop(request_id, None)
         if tracked is not None:
             self._drop_lookup(tracked)
@@ -148,7 +160,10 @@ class SchedulerSide:
         """What the workers shall do in the step that was scheduled."""
         loads, self._loads = tuple(self._loads), []
         stores = tuple(self._store_jobs(scheduler_output)) if self._may_store else ()
-        return StepPlan(loads, stores)
+        self._computing.update(scheduler_output.num_scheduled_tokens)
+        may_wait = not (scheduler_output.num_scheduled_tokens or self._has_awaited)
+        self._wait_left_s, self._has_awaited = IDLE_WAIT_S, False
+        return StepPlan(loads, stores, may_wait)
 
     def reported(self, report: WorkerReport) -> None:
         """Takes note of what the workers finished."""
@@ -174,6 +189,16 @@ class SchedulerSide:
         if tracked is None:
             tracked = self._tracked[request.request_id] = _Tracked(request)
         return tracked
+
+    def _result(self, lookup: Lookup) -> FoundPrefix | None:
+        """A lookup's result, waited for a little while the engine computes nothing."""
+        found = self._lookups.result(lookup)
+        if found is None and not self._computing and self._wait_left_s > 0:
+            began_s = time.monotonic()
+            self._lookups.wait(lookup, self._wait_left_s)
+            self._wait_left_s -= time.monotonic() - began_s
+            found = self._lookups.result(lookup)
+        return found
 
     def _loadable(self, request: Any) -> int:
         """Stored blocks of a request that may be loaded."""

@@ -12,7 +12,7 @@ from polarcache.client.vllm.config import ConnectorConfig
 from polarcache.client.vllm.identity import EngineIdentity
 from polarcache.client.vllm.link import StoreLink
 from polarcache.client.vllm.loads import Load
-from polarcache.client.vllm.plan import StepPlan, StoreJob, WorkerReport
+from polarcache.client.vllm.plan import IDLE_WAIT_S, StepPlan, StoreJob, WorkerReport
 from polarcache.proto.errors import PolarCacheError
 
 __all__ = ["WorkerSide"]
@@ -57,6 +57,7 @@ class WorkerSide:
         self._report = WorkerReport()
         self._report_lock = threading.Lock()
         self._stores: set[Future[None]] = set()
+        self._some_ended = threading.Event()
 
     # -- loads ------------------------------------------------------------------------------
 
@@ -71,7 +72,9 @@ class WorkerSide:
                 job, self._rank, len(identity.layer_names), identity.engine_block_tokens, fence
             )
             self._loads.append(load)
-            future = self._load_threads.submit(load.run, self._link, self._cache, self._config)
+            future = self._load_threads.submit(
+                load.run, self._link, self._cache, self._config, self._some_ended
+            )
             future.add_done_callback(_log_bug)
 
     def wait_for_layer(self, layer_name: str) -> None:
@@ -139,8 +142,16 @@ class WorkerSide:
                 self._report.stores[job.job_id] = 1
                 if failed:
                     self._report.failed_stores.add(job.request_id)
+            self._some_ended.set()
 
     # -- both -------------------------------------------------------------------------------
+
+    def wait_while_idle(self, plan: StepPlan) -> None:
+        """In a step that may wait, waits a little for a load or store to end."""
+        if plan.may_wait and (self._loads or self._stores):
+            self._some_ended.wait(IDLE_WAIT_S)
+        # What ended so far is taken in this step.
+        self._some_ended.clear()
 
     def take_report(self) -> WorkerReport | None:
         """What ended since the last call; None when nothing did."""
