@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +62,7 @@ class SchedulerSide:
         pins: Blocks held for stores.
         may_load: Whether the engine's kv_role lets it load.
         may_store: Whether the engine's kv_role lets it store.
+        clock: Seconds, for tests.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class SchedulerSide:
         *,
         may_load: bool = True,
         may_store: bool = True,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._identity = identity
         self._config = config
@@ -88,6 +90,7 @@ class SchedulerSide:
         self._seen_namespaces = link.namespaces
         self._tracked: dict[str, _Tracked] = {}
         self._loads: list[LoadJob] = []
+        self._clock = clock
         self._computing: set[str] = set()
         self._wait_left_s = IDLE_WAIT_S
         self._has_awaited = False
@@ -194,9 +197,9 @@ class SchedulerSide:
         """A lookup's result, waited for a little while the engine computes nothing."""
         found = self._lookups.result(lookup)
         if found is None and not self._computing and self._wait_left_s > 0:
-            began_s = time.monotonic()
+            began_s = self._clock()
             self._lookups.wait(lookup, self._wait_left_s)
-            self._wait_left_s -= time.monotonic() - began_s
+            self._wait_left_s -= self._clock() - began_s
             found = self._lookups.result(lookup)
         return found
 

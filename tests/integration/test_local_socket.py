@@ -24,6 +24,8 @@ def test_it_is_used_by_itself_and_freed_when_the_worker_goes(
     layers = make_layers(spec.layout, 6)
     with service.client() as client:
         namespace = client.open_namespace(spec)
+        # Set up before the first transfer needs it.
+        assert service.gauges()["local_workers"] == 1
         client.store(namespace, KEYS, layers)
         match = client.lookup(namespace, KEYS)
         assert are_same(client.retrieve(match).layers, layers)

@@ -14,7 +14,7 @@ from polarcache.client.vllm.config import ConnectorConfig
 from polarcache.client.vllm.identity import EngineIdentity
 from polarcache.client.vllm.lookups import Lookups
 from polarcache.client.vllm.pins import PinnedBlocks
-from polarcache.client.vllm.plan import StepPlan, WorkerReport
+from polarcache.client.vllm.plan import IDLE_WAIT_S, StepPlan, WorkerReport
 from polarcache.client.vllm.scheduler import SchedulerSide
 from polarcache.proto.errors import DeadlineError, PolarCacheError
 
@@ -70,7 +70,10 @@ class Engine:
         self.lookups = Lookups(link, config)
         pins = PinnedBlocks(len(identity.specs), int(config.max_pinned * fakes.num_blocks))
         pins.bind(self.pool)
-        self.side = SchedulerSide(identity, config, link, self.lookups, pins, **roles)
+        self.now_s = 0.0
+        self.side = SchedulerSide(
+            identity, config, link, self.lookups, pins, **roles, clock=lambda: self.now_s
+        )
 
     def answered(self, request: Any, num_computed_tokens: int = 0) -> tuple[int, bool]:
         """Asks again until the lookup is done."""
@@ -130,6 +133,52 @@ def test_a_lookup_is_awaited_and_led_to_a_load(engine: Engine, prompt: Any, unti
     assert engine.store.leases == {load.prefixes[0].lease_id}
     engine.side.allocated(prompt, block_ids, 0)
     assert engine.side.plan(engine.fakes.scheduled({})) == StepPlan(may_wait=True)
+
+
+def test_an_idle_engine_waits_a_little_for_a_lookup(
+    engine: Engine, fakes: SimpleNamespace, prompt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.store.has[0].update(keys_of(prompt, 5))
+    engine.store.may_answer.clear()
+    waits: list[float] = []
+
+    def wait_in_vain(lookup: Any, timeout_s: float) -> None:
+        waits.append(timeout_s)
+        engine.now_s += 0.75 * IDLE_WAIT_S
+
+    def wait(lookup: Any, timeout_s: float) -> None:
+        waits.append(timeout_s)
+        engine.store.may_answer.set()
+        lookup.future.result(20)
+
+    monkeypatch.setattr(engine.lookups, "wait", wait_in_vain)
+    others = [fakes.Request(name, range(1000)) for name in "stuv"]
+    for other in others:
+        assert engine.side.matched_tokens(other, 0) == (None, False)
+    # However many requests there are: not longer than this altogether.
+    assert waits == pytest.approx([IDLE_WAIT_S, 0.25 * IDLE_WAIT_S])
+    assert engine.side.plan(engine.fakes.scheduled({})) == StepPlan(may_wait=False)
+    for other in others:
+        engine.side.finished(other.request_id)
+    # In the next step it waits again, and has the answer at once.
+    monkeypatch.setattr(engine.lookups, "wait", wait)
+    assert engine.side.matched_tokens(prompt, 0) == (5 * BLOCK, True)
+    assert waits[2:] == pytest.approx([IDLE_WAIT_S])
+
+
+def test_a_computing_engine_waits_for_no_lookup(
+    engine: Engine, fakes: SimpleNamespace, prompt: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.step(fakes.Request("s", range(100)), 100)
+    engine.store.may_answer.clear()
+    waits: list[Any] = []
+    monkeypatch.setattr(engine.lookups, "wait", lambda *arguments: waits.append(arguments))
+    assert engine.side.matched_tokens(prompt, 0) == (None, False)
+    assert waits == []
+    engine.side.finished("s")
+    assert engine.side.matched_tokens(prompt, 0) == (None, False)
+    assert len(waits) == 1
+    engine.store.may_answer.set()
 
 
 def test_only_what_the_engine_lacks_is_loaded(engine: Engine, prompt: Any) -> None:
@@ -204,12 +253,15 @@ def test_slow_loads_are_recomputed(
 
 
 def test_a_slow_or_failed_lookup_is_a_miss(
-    identity: EngineIdentity, fakes: SimpleNamespace, prompt: Any, until: Any
-) -> None:
+    identity: EngineIdentity, fakes: SimpleNamespace, prompt: Any, until: Any,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
     engine = Engine(identity, fakes, lookup_timeout_ms=50)
     engine.store.has[0].update(keys_of(prompt, 5))
     engine.store.may_answer.clear()
     assert engine.answered(prompt) == (0, False)
+    # Not without a word.
+    assert "no answer after 50 ms" in caplog.text
     engine.store.may_answer.set()
     until(lambda: engine.store.asked and not engine.store.leases)
     engine.store.error = DeadlineError("late")

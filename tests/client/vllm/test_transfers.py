@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -198,6 +199,35 @@ def test_an_engine_finds_a_store_that_comes_and_goes(
     engine.compute(fakes.Request("w", range(1000)), list(range(63)))
     assert service.gauges()["memory_blocks"] == 7
     assert engine.matched(fakes.Request("x", range(1000))) == 7 * 128
+
+
+def test_an_idle_worker_waits_for_the_end_of_a_transfer(
+    make_engine: Callable[..., Engine], fakes: SimpleNamespace, service: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("polarcache.client.vllm.worker.IDLE_WAIT_S", MAX_S)
+    one, other = (make_engine(seed, service.endpoint) for seed in (1, 2))
+    one.wait_until(lambda: one.link.namespaces and other.link.namespaces)
+    began_s = time.monotonic()
+    idle = StepPlan(may_wait=True)
+    one.worker.wait_while_idle(idle)  # There is nothing to wait for.
+    request, block_ids = fakes.Request("r", range(1000)), list(range(63))
+    one.side.allocated(request, block_ids, 0)
+    one.worker.start_stores(one.side.plan(fakes.scheduled({"r": 1000}, {"r": block_ids})))
+    one.worker.wait_while_idle(idle)
+    assert one.report().stores == {0: 1}
+    # The lease is given back after the engine is told.
+    may_release = threading.Event()
+    monkeypatch.setattr(other.worker._link.client, "release", lambda match: may_release.wait(MAX_S))
+    request = fakes.Request("s", range(1000))
+    other.side.allocated(request, block_ids, other.matched(request))
+    plan = other.side.plan(fakes.scheduled({}))
+    assert plan.may_wait
+    other.worker.start_loads(plan)
+    other.worker.wait_while_idle(plan)
+    assert other.worker.take_finished_loads() == {"s"}
+    assert time.monotonic() - began_s < MAX_S
+    may_release.set()
 
 
 def test_layers_are_waited_for_one_by_one(
