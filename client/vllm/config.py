@@ -68,7 +68,10 @@ class ConnectorConfig(BaseModel):
         description="Recompute while loads bring fewer bytes of keys and values a second.",
     )
     lookup_timeout_ms: int = Field(
-        500, ge=1, le=60_000, description="A lookup without an answer by then is a miss."
+        2_000,
+        ge=1,
+        le=60_000,
+        description="A lookup without an answer by then is a miss, and the store counts as away.",
     )
     transfer_timeout_ms: int = Field(
         10_000, ge=1, description="A load or store that is not done by then is given up."
