@@ -58,9 +58,11 @@ class PrefixCache(Cache):
         on_failure: OnFailure = "recompute",
         store_prompt: bool = False,
         pack: PackWhere = "service",
+        exact_first_tokens: int = 0,
     ) -> None:
         """An empty cache. Arguments as for `from_store`, which looks the prefix up too."""
         check_layout(namespace.spec.layout, model)
+        self._check_exact(exact_first_tokens)
         super().__init__(
             layers=[self._new_layer() for _ in range(namespace.spec.layout.num_layers)]
         )
@@ -71,6 +73,7 @@ class PrefixCache(Cache):
         self._on_failure = on_failure
         self._store_prompt = store_prompt
         self._pack: PackWhere = pack
+        self._exact_first_tokens = exact_first_tokens
         self.prefix_tokens = 0
         self.tiers: tuple[str, ...] = ()
         self.moved_bytes = 0
@@ -87,6 +90,7 @@ class PrefixCache(Cache):
         on_failure: OnFailure = "recompute",
         store_prompt: bool = False,
         pack: PackWhere = "service",
+        exact_first_tokens: int = 0,
         lease_ms: int = 0,
     ) -> Self:
         """A cache that begins with the longest stored prefix.
@@ -103,17 +107,22 @@ class PrefixCache(Cache):
                 the same answer; "raise" raises the error.
             store_prompt: Whether leaving the `with` block stores the prompt's new full blocks.
             pack: Where the codec runs for blocks that travel.
+            exact_first_tokens: `StoredPrefixCache` only: as many tokens at the beginning, which
+                attention looks at most (attention sinks), are computed again and replace what a
+                lossy profile made of them; 4 are usual.
             lease_ms: Wanted life of the lease, milliseconds; 0 for the service's default.
 
         Raises:
             LayoutMismatchError: The namespace is not of the model's shape.
-            InvalidRequestError: The token ids are not of the above shape.
+            InvalidRequestError: The token ids are not of the above shape, or `exact_first_tokens`
+                is negative.
             UnsupportedError: The model or the service cannot do this.
             PolarCacheError: Other failures, with `on_failure="raise"`.
         """
         cache = cls(
             client, namespace, model, token_ids,
             on_failure=on_failure, store_prompt=store_prompt, pack=pack,
+            exact_first_tokens=exact_first_tokens,
         )  # fmt: skip
         try:
             cache._load(lease_ms)
@@ -172,6 +181,11 @@ class PrefixCache(Cache):
     def _load(self, lease_ms: int) -> None:
         """Looks the prefix up and makes the cache begin with it."""
         raise NotImplementedError
+
+    def _check_exact(self, num_tokens: int) -> None:
+        """Refuses numbers of exact first tokens that the cache cannot have."""
+        if num_tokens < 0:
+            raise InvalidRequestError(f"exact_first_tokens {num_tokens}: expected at least 0")
 
     @staticmethod
     def _new_layer() -> DynamicLayer:

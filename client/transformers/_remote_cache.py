@@ -96,6 +96,13 @@ class RemotePrefixCache(PrefixCache):
                 "cache's keys as they are"
             )
 
+    def _check_exact(self, num_tokens: int) -> None:
+        super()._check_exact(num_tokens)
+        if num_tokens:
+            raise UnsupportedError(
+                "exact_first_tokens: expected 0, the service attends to the prefix as it is stored"
+            )
+
     @staticmethod
     def _new_layer() -> DynamicLayer:
         return _LocalLayer()

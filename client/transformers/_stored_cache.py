@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from polarcache.client._types import LayerTensors, Match
 from polarcache.client.codec import empty_unrounded
+from polarcache.client.transformers._prefix import compute_prefix
 from polarcache.client.transformers._prefix_cache import PrefixCache, release
 
 __all__ = ["StoredPrefixCache"]
@@ -30,6 +32,7 @@ class StoredPrefixCache(PrefixCache):
         release(self._client, match)
         num_tokens = filled[0].get_seq_length()
         if num_tokens:
+            self._write_exact(filled, num_tokens)
             self.layers = filled
             self._begin_with(match, num_tokens)
         num_blocks = num_tokens // self._namespace.spec.layout.block_tokens
@@ -38,6 +41,15 @@ class StoredPrefixCache(PrefixCache):
             if self._pack == "worker"
             else self._namespace.raw_block_bytes
         )
+
+    def _write_exact(self, layers: list[_StoredLayer], num_tokens: int) -> None:
+        """Replaces the first tokens, whose keys and values depend on themselves alone."""
+        num_exact = min(self._exact_first_tokens, num_tokens)
+        if not num_exact:
+            return
+        computed = compute_prefix(self._model, self._prompt[0, :num_exact])
+        for layer, (keys, values) in zip(layers, computed, strict=True):
+            layer.begin_with(keys, values)
 
     def _retrieve(self, match: Match) -> Iterable[LayerTensors]:
         if self._pack == "worker":
@@ -64,6 +76,14 @@ class _StoredLayer(DynamicLayer):
         layer.lazy_initialization(keys, values)
         layer.keys, layer.values = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
         return layer
+
+    def begin_with(self, keys: Tensor, values: Tensor) -> None:
+        """Replaces the first tokens by K [1, Hkv, T, D] and V [1, Hkv, T, Dv]."""
+        assert self.keys is not None
+        assert self.values is not None
+        num_tokens = keys.shape[2]
+        self.keys = torch.cat((keys.to(self.keys), self.keys[:, :, num_tokens:]), 2)
+        self.values = torch.cat((values.to(self.values), self.values[:, :, num_tokens:]), 2)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

@@ -17,6 +17,7 @@ from polarcache.client.transformers import (
     StoredPrefixCache,
     namespace_spec,
 )
+from polarcache.client.transformers._prefix import compute_prefix
 from polarcache.proto.errors import InvalidRequestError, LayoutMismatchError, UnsupportedError
 
 TINY_LM = Path(__file__).parents[3] / "examples" / "tiny_lm"
@@ -101,6 +102,38 @@ def test_of_float16_namespaces_only_the_rounding_on_the_wire_differs(
     # Numbers that the service decoded and sent are rounded: half a unit in the last place.
     rounded = (logits(StoredPrefixCache, pack="service") - remote).abs().max()
     assert 0.0 < rounded < WIRE_TOLERANCE
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_exact_first_tokens_are_those_of_the_model(
+    client: Client, open_namespace: Any, prompt: Any, llama: PreTrainedModel, profile: str
+) -> None:
+    namespace, ids = open_namespace(llama, profile), prompt(150)
+    fill(client, namespace, llama, ids)
+    caches = [
+        StoredPrefixCache.from_store(
+            client, namespace, llama, ids, on_failure="raise", exact_first_tokens=number
+        )
+        for number in (0, 4, 1000)
+    ]
+    computed = compute_prefix(llama, ids[0, :128])
+    for layer, (keys, values) in enumerate(computed):
+        for name, expected in (("keys", keys), ("values", values)):
+            coded, some, every = (getattr(cache.layers[layer], name) for cache in caches)
+            assert torch.allclose(some[:, :, :4], expected[:, :, :4], atol=1e-5)
+            assert torch.equal(some[:, :, 4:], coded[:, :, 4:])
+            assert not torch.allclose(coded[:, :, :4], expected[:, :, :4], atol=1e-5)
+            assert torch.allclose(every, expected, atol=1e-5)
+
+
+def test_exact_first_tokens_that_cannot_be_are_refused(
+    client: Client, open_namespace: Any, prompt: Any, llama: PreTrainedModel
+) -> None:
+    namespace, ids = open_namespace(llama), prompt(75)
+    with pytest.raises(InvalidRequestError, match="at least 0"):
+        StoredPrefixCache.from_store(client, namespace, llama, ids, exact_first_tokens=-1)
+    with pytest.raises(UnsupportedError, match="as it is stored"):
+        RemotePrefixCache.from_store(client, namespace, llama, ids, exact_first_tokens=4)
 
 
 # Logits are of order 10: some units in the last place, over three layers.
