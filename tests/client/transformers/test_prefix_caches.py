@@ -100,7 +100,8 @@ def test_of_float16_namespaces_only_the_rounding_on_the_wire_differs(
     # A worker that decodes for itself has the numbers that the service attends to.
     assert (logits(StoredPrefixCache, pack="worker") - remote).abs().max() < LOGITS_TOLERANCE
     # Numbers that the service decoded and sent are rounded: half a unit in the last place.
-    rounded = (logits(StoredPrefixCache, pack="service") - remote).abs().max()
+    # Of the first token: a tie may then break either way.
+    rounded = (logits(StoredPrefixCache, pack="service") - remote)[:, 0].abs().max()
     assert 0.0 < rounded < WIRE_TOLERANCE
 
 
