@@ -12,18 +12,15 @@ left out, with a word.
 import argparse
 import importlib.util
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 from torch import Tensor
-from triton.testing import do_bench
 
 # Their siblings, whatever the working directory: `python benchmarks/attention.py`.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -38,6 +35,7 @@ from attention_variants import (
     polarcache,
     sdpa,
 )
+from gpu_report import copy_rate, median_us, write
 
 CASES = (
     Case(8, 32768),
@@ -61,6 +59,8 @@ LARGEST_PEAKED_ERROR = 5e-3
 ROTATED_BYTES = 400 << 20
 MOST_COPIES = 12
 REPLAYS = 15
+COPIED_BYTES = 1 << 30
+BENCH_MS = (10, 50)  # of warming up and of measuring
 
 Make = Callable[..., Ready]
 
@@ -104,7 +104,9 @@ def main() -> None:
     variants = _variants(quick=arguments.quick)
     for name, make in variants.items():
         _check(name, make)
-    rate = _copy_rate()
+    source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device="cuda")
+    rate = copy_rate(source, *BENCH_MS)
+    del source
     rows: list[Row] = []
     for index in arguments.cases:
         measured: dict[str, Row] = {}
@@ -163,13 +165,6 @@ def _reference(query: Tensor, ready: Ready, case: Case) -> Tensor:
     return torch.cat(out)
 
 
-def _copy_rate() -> float:
-    """Returns bytes read and written per microsecond by a copy on the device."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _do_bench_us(lambda: target.copy_(source))
-
-
 def _measure(case: Case, name: str, make: Make, rate: float, measured: dict[str, Row]) -> Row:
     first = make(case, check=False)
     copies = max(2, min(MOST_COPIES, ROTATED_BYTES // first.num_bytes + 1))
@@ -177,16 +172,12 @@ def _measure(case: Case, name: str, make: Make, rate: float, measured: dict[str,
     query = torch.randn(case.rows, QUERY_HEADS, HEAD_DIM, device="cuda").half()
     out = torch.empty(query.shape, device="cuda")
     graph_us = _graph_us([partial(one.attend, query, out) for one in ready])
-    do_bench_us = _do_bench_us(partial(first.attend, query, out))
+    do_bench_us = median_us(partial(first.attend, query, out), *BENCH_MS)
     ratios = []
     for other in ("SDPA fp16", "FlashInfer fp16", "FlashInfer fp8"):
         ratios.append(measured[other].graph_us / graph_us if other in measured else 0.0)
     floor = first.num_bytes / rate / graph_us
     return Row(str(case), name, graph_us, do_bench_us, *ratios, first.num_bytes, floor)
-
-
-def _do_bench_us(run: Callable[[], object]) -> float:
-    return float(do_bench(run, warmup=10, rep=50, return_mode="median")) * 1e3
 
 
 def _graph_us(calls: list[Callable[[], object]]) -> float:
@@ -210,15 +201,7 @@ def _graph_us(calls: list[Callable[[], object]]) -> float:
 
 
 def _write(rows: list[Row], rate: float, output: Path) -> None:
-    gpu = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    today = datetime.now(UTC).date().isoformat()
-    title = f"{torch.cuda.get_device_name()}, {today}, commit {commit or 'unknown'}"
     lines = [
-        f"# Attention over packed pages: {title}",
-        "",
         f"torch {torch.__version__}; Hq 32, Hkv 8, D 128, one query row a session; "
         f"device-to-device copy {rate / 1e3:.0f} GB/s. Ratios by graph time; floor: share of the "
         "copy rate.",
@@ -236,13 +219,8 @@ def _write(rows: list[Row], rate: float, output: Path) -> None:
             f"| {row.case} | {row.variant} | {row.graph_us:.1f} | {row.do_bench_us:.1f} | {ratios} "
             f"| {row.num_bytes / 1e6:.0f} | {row.floor:.2f} |"
         )
-    table = "\n".join(lines) + "\n"
-    print(table)
-    output.mkdir(parents=True, exist_ok=True)
-    name = f"attention-{gpu}-{today}"
-    (output / f"{name}.md").write_text(table)
-    figures = {"gpu": title, "copy_bytes_per_us": rate, "rows": [asdict(row) for row in rows]}
-    (output / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+    figures = [asdict(row) for row in rows]
+    write("attention", "Attention over packed pages", lines, figures, rate, output)
 
 
 if __name__ == "__main__":

@@ -7,16 +7,18 @@ count each input and output byte once; the copy rate counts bytes read and bytes
 """
 
 import argparse
-import json
-import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from triton.testing import do_bench
+
+# Their siblings, whatever the working directory: `python benchmarks/codec.py`.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from gpu_report import copy_rate, median_us, write
 
 from polarcache.kernels import BlockShape, Profile
 from polarcache.kernels.bits import unpack_field
@@ -27,6 +29,7 @@ NUM_SLICES = 2048  # x 128 tokens x 8 heads: 2 million token-heads
 NUM_LAYERS = 32
 CHECKED_SLICES = 16
 GRAPH_CALLS = 20
+BENCH_MS = (20, 100)  # of warming up and of measuring
 PROFILES = (
     "k=pair:r4t4:minmax,v=int4",
     "k=pair:r4t4,v=int4",
@@ -78,7 +81,7 @@ def main() -> None:
     torch.manual_seed(1)
     size = (NUM_SLICES, SHAPE.tokens, SHAPE.kv_heads, SHAPE.head_dim)
     keys, values = _keys(size), torch.randn(size, device="cuda", dtype=torch.float16)
-    rate = _copy_rate(keys)
+    rate = copy_rate(keys, *BENCH_MS)
     rows = [_measure(profile, keys, values, rate) for profile in PROFILES]
     _write(rows, rate, output)
 
@@ -91,14 +94,8 @@ def _keys(size: tuple[int, ...]) -> Tensor:
     return keys.mul_(spread.half()).add_(mean.half())
 
 
-def _copy_rate(source: Tensor) -> float:
-    """Returns bytes read and written per microsecond by a copy on the device."""
-    target = torch.empty_like(source)
-    return 2 * source.nbytes / _time_us(lambda: target.copy_(source))
-
-
 def _time_us(run: Callable[[], object]) -> float:
-    return float(do_bench(run, warmup=20, rep=100, return_mode="median")) * 1e3
+    return median_us(run, *BENCH_MS)
 
 
 def _measure(text: str, keys: Tensor, values: Tensor, rate: float) -> Row:
@@ -164,15 +161,7 @@ def _graph_us(codec: Codec, keys: Tensor, values: Tensor) -> float:
 
 
 def _write(rows: list[Row], rate: float, output: Path) -> None:
-    gpu = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    today = datetime.now(UTC).date().isoformat()
-    title = f"{torch.cuda.get_device_name()}, {today}, commit {commit or 'unknown'}"
     lines = [
-        f"# GPU codec: {title}",
-        "",
         f"torch {torch.__version__}; fp16, T 128, Hkv 8, D 128, {NUM_SLICES} slices; device-to-"
         f"device copy {rate / 1e3:.0f} GB/s. Ratios: bytes in and out over time, to that rate.",
         f"Graph: one block of {NUM_LAYERS} layers. Differing: against plain torch on the CPU.",
@@ -187,13 +176,7 @@ def _write(rows: list[Row], rate: float, output: Path) -> None:
         f"{row.parameters_differ:.2e} |"
         for row in rows
     ]
-    table = "\n".join(lines) + "\n"
-    print(table)
-    output.mkdir(parents=True, exist_ok=True)
-    name = f"codec-{gpu}-{today}"
-    (output / f"{name}.md").write_text(table)
-    figures = {"gpu": title, "copy_bytes_per_us": rate, "rows": [asdict(row) for row in rows]}
-    (output / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+    write("codec", "GPU codec", lines, [asdict(row) for row in rows], rate, output)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,20 @@ import itertools
 import json
 import multiprocessing
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.testing import do_bench
+
+# Their siblings, whatever the working directory: `python benchmarks/codec_sweep.py`.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from gpu_report import copy_rate, median_us
 
 from polarcache.kernels import BlockShape, Profile
 from polarcache.kernels.codec import Codec
@@ -175,8 +181,7 @@ def main() -> None:
         texts = pool.map(compile_one, compiled.values(), chunksize=1)
     errors = dict(zip(compiled, texts, strict=True))
     keys, values, packed = tensors(NUM_SLICES)
-    target = torch.empty_like(keys)
-    rate = 2 * keys.nbytes / do_bench(lambda: target.copy_(keys), warmup=10, rep=40)
+    rate = copy_rate(keys, 10, 40)
     rows, coded = [], ""
     for candidate in chosen:
         error = errors[candidate.kernel, candidate.launch[:4]]
@@ -189,9 +194,8 @@ def main() -> None:
             sides = ("key", "value") if candidate.side == "fused" else (candidate.side,)
             sizes = (f.num_bytes for f in codec.layout.fields if f.name.split("_")[0] in sides)
             moved = NUM_SLICES * sum(sizes) + len(sides) * keys.nbytes
-            ms = do_bench(lambda c=candidate: run(c, keys, values, packed), warmup=2, rep=8,
-                          return_mode="median")  # fmt: skip
-            row |= {"us": 1e3 * ms, "ratio": moved / ms / rate}
+            us = median_us(partial(run, candidate, keys, values, packed), 2, 8)
+            row |= {"us": us, "ratio": moved / us / rate}
         rows.append(row)
         arguments.output.write_text(json.dumps(rows))
     for kernel in dict.fromkeys(row["kernel"] for row in rows):
