@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from polarcache.kernels.codec import Codec
+from polarcache.kernels.gpu.tables import channels_of_codes
 from polarcache.kernels.layout import LANES, TILE_TOKENS, Field
 from polarcache.kernels.options import (
     ArcPair,
@@ -175,9 +176,7 @@ def polar_table(codec: Polar, device: torch.device) -> Tensor:
     Returns:
         int32 [2**bits]: two fp16 numbers, the first in the low half.
     """
-    both = torch.from_numpy(rings(codec).points()).half()
-    words: Tensor = both.contiguous().view(torch.int32).flatten()
-    return words.to(device)
+    return channels_of_codes(codec)[0, : 1 << codec.bits].to(device)
 
 
 @lru_cache(maxsize=64)

@@ -101,10 +101,10 @@ def polar_decoder_tables(
     real = head_dim // 2
     for index in range(2):
         padded[index, :, :real, :head_dim] = parts[:, pairs[:real] + index * real]
-    return torch.from_numpy(padded).to(device, torch.float16), _channels_of_codes(codec).to(device)
+    return torch.from_numpy(padded).to(device, torch.float16), channels_of_codes(codec).to(device)
 
 
-def _channels_of_codes(codec: Polar) -> Tensor:
+def channels_of_codes(codec: Polar) -> Tensor:
     """Returns both channels of every code, int32 [2, 256]: halves nearest to them, and the rest."""
     pairs = rings(codec).points()
     high = pairs.astype(np.float16)

@@ -40,9 +40,9 @@ def encode(x: Tensor, codec: Polar) -> tuple[Tensor, Tensor]:
     rms = (norm / head_dim).sqrt_()
     unit = torch.where(rms > 0, rms, math.inf).unsqueeze(-1)
     radius = torch.mul(first, first).addcmul_(second, second).sqrt_().div_(unit)
-    book = rings(codec)
-    ring = torch.bucketize(radius, torch.tensor(book.bounds, device=x.device))
-    counts, firsts = (torch.tensor(n, device=x.device)[ring] for n in (book.counts, book.firsts))
+    bounds, *of_rings = _rings(codec, x.device)
+    ring = torch.bucketize(radius, bounds)
+    counts, firsts = (numbers[ring] for numbers in of_rings)
     steps = torch.atan2(second, first).mul_(counts * (1 / _TAU)).floor_().to(torch.int32)
     # Angles are in [-pi, pi]. A row with NaN, which is refused, must not name points there are not.
     steps = torch.where(steps < 0, steps + counts, steps)
@@ -75,3 +75,13 @@ def decode(codes: Tensor, gains: Tensor, codec: Polar, out: Tensor) -> None:
 def _points(codec: Polar, device: torch.device) -> Tensor:
     """Returns both channels of every code in units of the RMS channel, fp32 [2, 2**bits]."""
     return torch.from_numpy(rings(codec).points().T.copy()).float().to(device)
+
+
+@lru_cache(maxsize=32)
+def _rings(codec: Polar, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns bounds fp32, points and first codes of the rings, int64."""
+    book = rings(codec)
+    bounds, counts, firsts = (
+        torch.tensor(numbers, device=device) for numbers in (book.bounds, book.counts, book.firsts)
+    )
+    return bounds, counts, firsts
