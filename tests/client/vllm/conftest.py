@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from polarcache.client.vllm.cache import EngineCache
 from polarcache.client.vllm.config import ConnectorConfig
 from polarcache.client.vllm.identity import EngineIdentity, engine_identity
 from polarcache.client.vllm.layouts import KeyThenValue
+from tests.client.vllm.scheduler_fakes import Engine
 
 ENGINE_BLOCK_TOKENS = 16
 NUM_ENGINE_BLOCKS = 128
@@ -190,3 +191,16 @@ def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
+
+
+@pytest.fixture
+def engine(identity: EngineIdentity, fakes: SimpleNamespace) -> Iterator[Engine]:
+    one = Engine(identity, fakes)
+    yield one
+    one.lookups.close()
+
+
+@pytest.fixture
+def prompt(fakes: SimpleNamespace) -> Any:
+    """1,000 tokens: 7 whole stored blocks of 128, 62 whole engine blocks."""
+    return fakes.Request("r", range(1000))

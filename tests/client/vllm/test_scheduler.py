@@ -2,117 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from polarcache.client import Match, Namespace
 from polarcache.client.vllm.config import ConnectorConfig
 from polarcache.client.vllm.identity import EngineIdentity
-from polarcache.client.vllm.lookups import Lookups
-from polarcache.client.vllm.pins import PinnedBlocks
 from polarcache.client.vllm.plan import IDLE_WAIT_S, StepPlan, WorkerReport
-from polarcache.client.vllm.scheduler import SchedulerSide
-from polarcache.proto.errors import DeadlineError, PolarCacheError
-
-BLOCK = 128  # Tokens of a stored block; the engine's have 16.
-
-
-class FakeStore:
-    """A client and a link at once."""
-
-    def __init__(self, identity: EngineIdentity) -> None:
-        self.client = self
-        self.namespaces: tuple[Namespace, ...] = tuple(
-            Namespace(bytes([i]) * 16, spec, 1, 16.0, 16.0) for i, spec in enumerate(identity.specs)
-        )
-        self.has: list[set[bytes]] = [set() for _ in identity.specs]
-        self.may_answer = threading.Event()
-        self.may_answer.set()
-        self.error: Exception | None = None
-        self.errors: list[PolarCacheError] = []
-        self.leases: set[bytes] = set()
-        self.asked: list[int] = []
-
-    def lookup(self, namespace: Namespace, keys: Sequence[bytes], *, lease_ms: int) -> Match:
-        assert self.may_answer.wait(20)
-        self.asked.append(len(keys))
-        if self.error is not None:
-            raise self.error
-        rank = self.namespaces.index(namespace)
-        count = next((i for i, key in enumerate(keys) if key not in self.has[rank]), len(keys))
-        lease = b""
-        if count:
-            lease = f"lease {rank} {len(self.asked)}".encode()
-            self.leases.add(lease)
-        return Match(namespace, ("memory",) * count, lease, lease_ms, partial=False)
-
-    def release(self, match: Match) -> None:
-        self.leases.discard(match.lease_id)
-
-    def failed(self, error: PolarCacheError) -> None:
-        self.errors.append(error)
-
-
-class Engine:
-    """A scheduler's side with everything around it."""
-
-    def __init__(self, identity: EngineIdentity, fakes: SimpleNamespace, **options: Any) -> None:
-        roles = {name: options.pop(name) for name in ("may_load", "may_store") if name in options}
-        self.fakes = fakes
-        self.store = FakeStore(identity)
-        self.pool = fakes.Pool(fakes.num_blocks)
-        config = ConnectorConfig(**{"min_load_tokens": BLOCK, **options})
-        link: Any = self.store
-        self.lookups = Lookups(link, config)
-        pins = PinnedBlocks(len(identity.specs), int(config.max_pinned * fakes.num_blocks))
-        pins.bind(self.pool)
-        self.now_s = 0.0
-        self.side = SchedulerSide(
-            identity, config, link, self.lookups, pins, **roles, clock=lambda: self.now_s
-        )
-
-    def answered(self, request: Any, num_computed_tokens: int = 0) -> tuple[int, bool]:
-        """Asks again until the lookup is done."""
-        for _ in range(2000):
-            tokens, is_async = self.side.matched_tokens(request, num_computed_tokens)
-            if tokens is not None:
-                return tokens, is_async
-            threading.Event().wait(0.005)
-        raise AssertionError("no answer")
-
-    def step(self, request: Any, num_tokens: int, block_ids: Sequence[int] = ()) -> StepPlan:
-        """Plans a step that computes tokens of a request, and counts them as computed."""
-        blocks = list(block_ids) or list(range(self.fakes.num_blocks))
-        if request.num_computed_tokens == 0:
-            self.side.allocated(request, blocks, 0)
-        output = self.fakes.scheduled(
-            {request.request_id: num_tokens}, {request.request_id: blocks}
-        )
-        plan = self.side.plan(output)
-        request.num_computed_tokens += num_tokens
-        return plan
-
-
-@pytest.fixture
-def engine(identity: EngineIdentity, fakes: SimpleNamespace) -> Iterator[Engine]:
-    one = Engine(identity, fakes)
-    yield one
-    one.lookups.close()
-
-
-@pytest.fixture
-def prompt(fakes: SimpleNamespace) -> Any:
-    """1,000 tokens: 7 whole stored blocks of 128, 62 whole engine blocks."""
-    return fakes.Request("r", range(1000))
-
-
-def keys_of(request: Any, num_blocks: int) -> list[bytes]:
-    """A stored block has the hash of the last of its eight engine blocks."""
-    return request.block_hashes[7::8][:num_blocks]
+from polarcache.proto.errors import DeadlineError
+from tests.client.vllm.scheduler_fakes import BLOCK, Engine, keys_of
 
 
 def test_a_lookup_is_awaited_and_led_to_a_load(engine: Engine, prompt: Any, until: Any) -> None:
@@ -294,80 +193,6 @@ def test_a_failed_load_is_not_tried_again_and_its_blocks_are_stored(
     assert engine.side.matched_tokens(prompt, 0) == (0, False)
     (store,) = engine.step(prompt, 1000).stores
     assert store.keys == tuple(keys_of(prompt, 7))
-
-
-def test_whole_blocks_are_stored_chunk_by_chunk_and_held(engine: Engine, prompt: Any) -> None:
-    block_ids = list(range(100, 37, -1))
-    assert engine.step(prompt, 100, block_ids).stores == ()
-    (first,) = engine.step(prompt, 400, block_ids).stores
-    assert first.keys == tuple(keys_of(prompt, 3))
-    assert first.block_ids == tuple(block_ids[:24])
-    (second,) = engine.step(prompt, 500, block_ids).stores
-    # The 104 tokens that fill no stored block stay here.
-    assert second.keys == tuple(keys_of(prompt, 7)[3:])
-    assert second.block_ids == tuple(block_ids[24:56])
-    assert engine.pool.held == set(block_ids[:56])
-    engine.side.finished("r")
-    assert engine.pool.held == set(block_ids[:56])
-    engine.side.reported(WorkerReport(stores={first.job_id: 1}))
-    assert engine.pool.held == set(block_ids[24:56])
-    engine.side.reported(WorkerReport(stores={second.job_id: 1}))
-    assert engine.pool.held == set()
-
-
-def test_generated_tokens_are_stored_when_their_hash_is_known(
-    identity: EngineIdentity, fakes: SimpleNamespace
-) -> None:
-    for store_generated, num_stores in ((True, 1), (False, 0)):
-        engine = Engine(identity, fakes, store_generated=store_generated)
-        request = fakes.Request("r", range(120))
-        assert engine.step(request, 120).stores == ()
-        for token in range(7):
-            request.token_ids.append(token)
-            assert engine.step(request, 1).stores == ()
-        # The 128th token is computed now, but is not in the hashes before it is appended.
-        request.num_computed_tokens += 1
-        request.token_ids.append(7)
-        assert len(engine.step(request, 1).stores) == num_stores
-
-
-def test_what_was_found_or_stored_is_not_stored_again(
-    engine: Engine, prompt: Any, fakes: SimpleNamespace
-) -> None:
-    engine.store.has[0].update(keys_of(prompt, 3))
-    engine.answered(prompt)
-    engine.side.allocated(prompt, list(range(63)), 0)
-    (store,) = engine.step(prompt, 1000).stores
-    assert store.keys == tuple(keys_of(prompt, 7)[3:])
-    again = fakes.Request("again", range(1000))
-    assert engine.step(again, 1000).stores == ()
-    engine.side.reported(WorkerReport(stores={store.job_id: 1}))
-    # After a restart of the store everything is offered anew.
-    engine.store.namespaces = (*engine.store.namespaces,)
-    once_more = fakes.Request("once more", range(1000))
-    (store,) = engine.step(once_more, 1000).stores
-    assert store.keys == tuple(keys_of(prompt, 7))
-
-
-def test_after_a_failed_store_nothing_follows_that_would_lack_its_prefix(
-    engine: Engine, prompt: Any
-) -> None:
-    (store,) = engine.step(prompt, 512).stores
-    engine.side.reported(WorkerReport(stores={store.job_id: 1}, failed_stores={"r"}))
-    assert engine.step(prompt, 488).stores == ()
-    assert engine.pool.held == set()
-
-
-def test_stores_leave_the_engine_blocks_to_work_with(
-    identity: EngineIdentity, fakes: SimpleNamespace, prompt: Any
-) -> None:
-    engine = Engine(identity, fakes, max_pinned=17 / fakes.num_blocks)
-    (store,) = engine.step(prompt, 900).stores
-    assert len(store.keys) == 2
-    assert engine.step(prompt, 50).stores == ()
-    engine.side.reported(WorkerReport(stores={store.job_id: 1}))
-    (store,) = engine.step(prompt, 50).stores
-    assert store.keys == tuple(keys_of(prompt, 4)[2:])
 
 
 def test_a_resumed_request_is_looked_up_anew(engine: Engine, prompt: Any) -> None:
