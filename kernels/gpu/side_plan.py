@@ -13,6 +13,7 @@ from torch import Tensor
 from polarcache.kernels.gpu import polar_kernels, tier_kernels, tree_decode, tree_encode
 from polarcache.kernels.gpu.tables import (
     MATRIX_SCALE,
+    cosine_pairs,
     key_mixing,
     level_cosines,
     polar_decoder_tables,
@@ -361,7 +362,7 @@ def _tree_launches(
         shape.tokens if centred else TILE_TOKENS, most,
     )  # fmt: skip
     decoder = _launch(
-        tree_decode.decode_trees, common,
+        tree_decode.decode_trees, {**common, "PAIRS": cosine_pairs(cosines)},
         partial(tree_decoder_tables, codec, head_dim, order), shape,
         _TREE_DECODER, TILE_TOKENS, most,
     )  # fmt: skip

@@ -164,6 +164,16 @@ def tree_decoder_tables(
     return torch.cat((_parts(matrix, device), plain)), angles.to(device)
 
 
+def cosine_pairs(cosines: Tensor) -> tuple[int, ...]:
+    """Returns the first four cosines of each level as fp16, two in each of two int32.
+
+    Args:
+        cosines: fp32 [levels, 16].
+    """
+    pairs = cosines[:, :4].half().contiguous().view(torch.int32)
+    return tuple(pairs.flatten().tolist())
+
+
 def _block_at(place: npt.NDArray[np.int64], blocks: int, order: str) -> npt.NDArray[np.int64]:
     """Returns the block of each place of a row: lanes c of keys own blocks c, c + 4, ..."""
     if order != "key":

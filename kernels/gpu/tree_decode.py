@@ -3,14 +3,15 @@
 Math: kernels/polar/README.md, section 2. Reference: kernels/polar/recursive.py.
 
 A thread holds four trees that are neighbours in memory and turns their codes into 64 channels:
-nothing but the rows of the product and its result change threads. Every angle is one load of its
-cosine and sine from a table of 16, which stays in the first cache.
+nothing but the rows of the product and its result change threads. The cosine and the sine of a
+2-bit code are bytes of two registers, those of longer codes an entry of a table in shared memory.
 """
 
 import triton
 import triton.language as tl
 
 from polarcache.kernels.gpu import centre, rotate, tree
+from polarcache.kernels.gpu.words import INTERPRETED
 
 ENTRIES = tree.ENTRIES
 # Rows of the table: cosines and sines as fp32, then both as fp16, the cosine in the low half.
@@ -35,6 +36,7 @@ def decode_trees(
     ITEMS: tl.constexpr,
     ROWS: tl.constexpr,
     BITS: tl.constexpr,
+    PAIRS: tl.constexpr,
     FORM: tl.constexpr,
     CENTRED: tl.constexpr,
     ORDER: tl.constexpr,
@@ -72,9 +74,9 @@ def decode_trees(
         for back in tl.static_range(4):
             radii = _halves(
                 slice_ptr + FIELDS[3 - back], first_row, radii, table_ptr,
-                D, ROWS, LEVELS, 3 - back, BITS[3 - back], WIDE,
+                D, ROWS, LEVELS, 3 - back, BITS[3 - back], PAIRS, WIDE,
             )  # fmt: skip
-        x = _rows(_joined(radii), ROWS, D, ORDER)
+        x = _rows(_joined(radii, 64), ROWS, D, ORDER)
         if WIDE:
             x_high, x_low, inverse = rotate.split_rows(x)
             numbers = rotate.product(x_high, x_low, high, low, True, 2) * (inverse * SCALE)
@@ -115,6 +117,7 @@ def _halves(
     LEVELS: tl.constexpr,
     LEVEL: tl.constexpr,
     BITS: tl.constexpr,
+    PAIRS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Takes trees of 16 channels one level down, LEVEL from 3 to 0, with the codes of a field.
@@ -126,13 +129,57 @@ def _halves(
     WIDTH: tl.constexpr = NODES * BITS
     at = field_ptr + first_row * (D // 16 * WIDTH) // 8
     words = _words(at, ROWS * D // 64, WIDTH)
-    halves = ()
+    codes = ()
     for index in tl.static_range(4 * NODES):
         place = index % NODES
         code = ((place & 1) * 4 + (place & 2) + (place >> 2)) >> LEVEL
-        codes = words[index // NODES] >> (code * BITS)
-        halves += _turned(radii[index], codes, table_ptr, LEVELS, LEVEL, BITS, WIDE)
+        codes += ((words[index // NODES] >> (code * BITS)) & ((1 << BITS) - 1),)
+    halves = ()
+    if WIDE:
+        for index in tl.static_range(4 * NODES):
+            halves += _turned(radii[index], codes[index], table_ptr, LEVELS, LEVEL, True)
+    else:
+        at = table_ptr + (_BOTH * LEVELS + LEVEL) * ENTRIES
+        if BITS == 2:
+            both = _chosen(codes, at, 4 * NODES, PAIRS[2 * LEVEL], PAIRS[2 * LEVEL + 1])
+        else:
+            # Shared memory takes an address of 32 bits, and the entries lie in banks of their own.
+            both = rotate.look_up(rotate.load_table(at, ENTRIES), _joined(codes, 4 * NODES))
+            both = _apart(both, 4 * NODES)
+        for index in tl.static_range(4 * NODES):
+            halves += _halved(radii[index], both[index])
     return halves
+
+
+@triton.jit
+def _chosen(codes, table_ptr, COUNT: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """Looks up COUNT tensors of 2-bit codes, by bytes of four cosines.
+
+    Args:
+        codes: int32 of any shape.
+        table_ptr: int32 [4], cosine and sine of each code as fp16.
+        COUNT: how many.
+        LOW: cosines of codes 0 and 1 as fp16; the sine is the cosine of the mirrored code.
+        HIGH: of codes 2 and 3.
+    """
+    both = ()
+    for index in tl.static_range(COUNT):
+        if INTERPRETED:
+            both += (tl.load(table_ptr + codes[index]),)
+        else:
+            # Bytes 2 c and 2 c + 1 of the four, then 6 - 2 c and 7 - 2 c.
+            places = codes[index] * -0x21DE + 0x7610
+            both += (
+                tl.inline_asm_elementwise(
+                    "prmt.b32 $0, $2, $3, $1;",
+                    "=r,r,r,r",
+                    [places, LOW, HIGH],
+                    dtype=tl.int32,
+                    is_pure=True,
+                    pack=1,
+                ),
+            )
+    return both
 
 
 @triton.jit
@@ -169,12 +216,13 @@ def _words(at_ptr, SIZE: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _joined(channels):
-    """Puts the 64 channels of four trees, [N] each, side by side: [64 N]."""
-    SIZE: tl.constexpr = 64 * channels[0].numel
+def _joined(parts, COUNT: tl.constexpr):
+    """Puts COUNT tensors, a power of two of [N], side by side: [N COUNT]."""
+    SIZE: tl.constexpr = COUNT * parts[0].numel
     for index in tl.static_range(6):
-        channels = _pairs(channels, 32 >> index)
-    return tl.reshape(channels[0], [SIZE])
+        if COUNT >> index > 1:
+            parts = _pairs(parts, COUNT >> (index + 1))
+    return tl.reshape(parts[0], [SIZE])
 
 
 @triton.jit
@@ -186,24 +234,43 @@ def _pairs(parts, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _turned(
-    radii,
-    codes,
-    table_ptr,
-    LEVELS: tl.constexpr,
-    LEVEL: tl.constexpr,
-    BITS: tl.constexpr,
-    WIDE: tl.constexpr,
-):
+def _apart(numbers, COUNT: tl.constexpr):
+    """The inverse: [N COUNT] to COUNT of [N]."""
+    parts = (numbers,)
+    for index in tl.static_range(6):
+        if COUNT >> index > 1:
+            parts = _evens_and_odds(parts, 1 << index)
+    return parts
+
+
+@triton.jit
+def _evens_and_odds(parts, COUNT: tl.constexpr):
+    evens = ()
+    odds = ()
+    for index in tl.static_range(COUNT):
+        even, odd = tl.split(tl.reshape(parts[index], [parts[index].numel // 2, 2]))
+        evens += (even,)
+        odds += (odd,)
+    return evens + odds
+
+
+@triton.jit
+def _turned(radii, codes, table_ptr, LEVELS: tl.constexpr, LEVEL: tl.constexpr, WIDE: tl.constexpr):
     """Returns radii of both halves of radii of any shape, fp32 with WIDE, else fp16."""
-    at = table_ptr + LEVEL * ENTRIES + (codes & ((1 << BITS) - 1))
+    at = table_ptr + LEVEL * ENTRIES + codes
     if WIDE:
         cosine = tl.load(at).to(tl.float32, bitcast=True)
         sine = tl.load(at + _SINES * LEVELS * ENTRIES).to(tl.float32, bitcast=True)
+        return radii * cosine, radii * sine
     else:
-        both = tl.load(at + _BOTH * LEVELS * ENTRIES)
-        cosine = both.to(tl.int16).to(tl.float16, bitcast=True)
-        sine = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+        return _halved(radii, tl.load(at + _BOTH * LEVELS * ENTRIES))
+
+
+@triton.jit
+def _halved(radii, both):
+    """Returns radii of both halves in fp16, of radii, cosines in low halves, sines in high ones."""
+    cosine = both.to(tl.int16).to(tl.float16, bitcast=True)
+    sine = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
     return radii * cosine, radii * sine
 
 
@@ -263,8 +330,8 @@ def _higher_halves(
         field_ptr + first_row * (NODES * BITS) // 8, ROWS * NODES // 4, BITS
     )
     codes = tl.join(tl.join(first, third), tl.join(second, fourth))
-    codes = tl.reshape(codes, [ROWS, NODES])
-    halves = tl.join(*_turned(radii, codes, table_ptr, LEVELS, LEVEL, BITS, WIDE))
+    codes = tl.reshape(codes, [ROWS, NODES]) & ((1 << BITS) - 1)
+    halves = tl.join(*_turned(radii, codes, table_ptr, LEVELS, LEVEL, WIDE))
     return tl.reshape(tl.permute(halves, (0, 2, 1)), [ROWS, 2 * NODES])
 
 

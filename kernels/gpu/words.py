@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton.language import target_info
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # 1.5 * 2^23: adding it rounds an fp32 number below 2^22 to a whole one, half to even.
 ROUNDER = tl.constexpr(12582912.0)
 ROUNDER_BITS = tl.constexpr(0x4B400000)
@@ -45,7 +45,7 @@ def clamped_pair(low, high, BITS: tl.constexpr):
     """
     low, high = low.to(tl.int32, bitcast=True), high.to(tl.int32, bitcast=True)
     LARGEST: tl.constexpr = (1 << BITS) - 1
-    PACKED: tl.constexpr = False if _INTERPRETED else target_info.cuda_capability_geq(9, 0)
+    PACKED: tl.constexpr = False if INTERPRETED else target_info.cuda_capability_geq(9, 0)
     if PACKED:
         # The low halves of the patterns are the numbers; one instruction clamps both.
         return tl.inline_asm_elementwise(
