@@ -53,7 +53,7 @@ class HiCacheBackend:
 
     def __init__(self, storage_config: Any, kwargs: dict[str, Any] | None = None) -> None:
         self._config = HiCacheConfig.from_extra_config(storage_config.extra_config)
-        _refuse_unsupported(storage_config)
+        _refuse_unsupported(storage_config, self._config)
         self._storage_config = storage_config
         self._store = EngineStore(self._config.endpoint, self._config.limits())
         self._pool: PagePool | None = None
@@ -212,6 +212,8 @@ class HiCacheBackend:
 
     def _save(self, keys: list[str], blocks: list[BlockTensors]) -> int:
         _, spec = self._registered()
+        if not self._storage_config.is_storage_writer:
+            return len(keys)  # Another rank has the same latent vectors and stores them.
         began_s = time.monotonic()
         num_saved = self._store.save(spec, [block_key(key) for key in keys], blocks)
         self._note(num_saved, began_s, is_load=False)
@@ -246,6 +248,8 @@ def namespace_spec(storage_config: Any, config: HiCacheConfig, pool: PagePool) -
     """Everything that two engines must have in common to share pages.
 
     Attention data parallelism is no part of it: ranks of different `dp_rank` hold the same heads.
+    Nor is tensor parallelism where a token has one latent vector: all ranks hold the same ones, and
+    engines of any number of ranks share them.
 
     Args:
         storage_config: SGLang's `HiCacheStorageConfig`.
@@ -267,6 +271,7 @@ def namespace_spec(storage_config: Any, config: HiCacheConfig, pool: PagePool) -
             f"--page-size must be a multiple of 8 from 8 to 1024, got {tokens}: a page is a block "
             "of the store, and 128 suits every codec"
         )
+    is_latent = pool.is_latent
     layout = KvLayout(
         num_layers=pool.num_layers,
         num_kv_heads=pool.num_heads,
@@ -275,7 +280,8 @@ def namespace_spec(storage_config: Any, config: HiCacheConfig, pool: PagePool) -
         dtype=pool.dtype,
         block_tokens=tokens,
         rope_pairing=config.rope_pairing,
-        rotary_dim=config.rotary_dim,
+        # Heads of latent vectors are no heads that RoPE knows.
+        rotary_dim=0 if is_latent else config.rotary_dim,
     )
     return NamespaceSpec(
         model=model,
@@ -284,19 +290,24 @@ def namespace_spec(storage_config: Any, config: HiCacheConfig, pool: PagePool) -
         revision=config.revision,
         tenant=config.tenant,
         salt=config.salt,
-        tp_rank=storage_config.tp_rank,
-        tp_size=storage_config.tp_size,
+        tp_rank=0 if is_latent else storage_config.tp_rank,
+        tp_size=1 if is_latent else storage_config.tp_size,
         pp_rank=storage_config.pp_rank,
         pp_size=storage_config.pp_size,
         calibration=config.calibration(),
     )
 
 
-def _refuse_unsupported(storage_config: Any) -> None:
-    if storage_config.is_mla_model:
+def _refuse_unsupported(storage_config: Any, config: HiCacheConfig) -> None:
+    if storage_config.is_mla_model and config.profile != "exact":
         raise UnsupportedError(
-            "PolarCache does not store models with multi-head latent attention (MLA) yet: their "
-            "cache has one latent vector a token and no keys and values"
+            f"the profile must be exact for models with multi-head latent attention (MLA), got "
+            f"{config.profile}: the codecs are made for keys and values of heads"
+        )
+    if storage_config.dcp_size > 1:
+        raise UnsupportedError(
+            f"PolarCache does not store caches that decode context parallelism splits, got "
+            f"dcp_size {storage_config.dcp_size}; expected 1"
         )
     if storage_config.attn_cp_size > 1:
         raise UnsupportedError(

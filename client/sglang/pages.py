@@ -9,10 +9,16 @@ A page is a block: `page_size` tokens of all layers of this rank. Four layouts o
 | page_first | [S, L, H, D] | [2, P, L, H, D] |
 | page_first_direct | [N, L, P, H, D] | [2, L, P, H, D] |
 | page_head | [N, H, P, L, D] | [2, H, P, L, D] |
+
+Multi-head latent attention keeps one vector a token in place of K and V: the compressed latent,
+then the channels that RoPE turns. Its pools have one buffer, in the first three layouts with H = 1,
+and a flat page has no leading 2. Stored are the turned channels as keys and the latent as values,
+split into as few heads as the widest head allows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +32,10 @@ from polarcache.proto.layout import DTYPE_BYTES
 __all__ = ["PagePool"]
 
 _LAYOUTS = ("layer_first", "page_first", "page_first_direct", "page_head")
+_LATENT_LAYOUTS = _LAYOUTS[:3]
+_WIDEST_HEAD = 256
+_OF_HEADS = ("head_num", "head_dim", "v_head_dim", "layer_num", "k_buffer", "v_buffer")
+_OF_LATENTS = ("kv_lora_rank", "qk_rope_head_dim", "kv_cache_dim", "layer_num", "kv_buffer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +44,9 @@ class PagePool:
 
     Attributes:
         layout: SGLang's name of its layout.
-        keys: The K buffer.
-        values: The V buffer.
+        is_latent: Whether a token has one latent vector.
+        keys: The K buffer; of latent vectors the channels that RoPE turns.
+        values: The V buffer; of latent vectors the rest.
         num_layers: L.
         page_tokens: P.
         num_heads: H, key/value heads of this rank.
@@ -45,6 +56,7 @@ class PagePool:
     """
 
     layout: str
+    is_latent: bool
     keys: torch.Tensor
     values: torch.Tensor
     num_layers: int
@@ -66,18 +78,20 @@ class PagePool:
             LayoutMismatchError: Its buffers are not laid out as its layout says.
         """
         kind = type(pool).__name__
-        # Pools of other kinds share names with this one: only those that have all of them fit.
-        needed = ("head_num", "head_dim", "v_head_dim", "layer_num", "k_buffer", "v_buffer")
+        is_latent = getattr(pool, "kv_lora_rank", None) is not None
+        # Pools of other kinds share names with these: only those that have all of them fit.
+        needed = _OF_LATENTS if is_latent else _OF_HEADS
         missing = [name for name in needed if getattr(pool, name, None) is None]
         if missing or getattr(pool, "stores_page_envelope", False):
             raise UnsupportedError(
                 f"{kind} does not hold keys and values of attention heads (no "
-                f"{', '.join(missing) or 'separate buffers'}); PolarCache stores multi-head and "
-                "grouped-query attention alone"
+                f"{', '.join(missing) or 'separate buffers'}); PolarCache stores multi-head, "
+                "grouped-query and multi-head latent attention alone"
             )
-        if pool.layout not in _LAYOUTS:
+        layouts = _LATENT_LAYOUTS if is_latent else _LAYOUTS
+        if pool.layout not in layouts:
             raise UnsupportedError(
-                f"--hicache-mem-layout must be one of {', '.join(_LAYOUTS)}, got {pool.layout}"
+                f"--hicache-mem-layout must be one of {', '.join(layouts)}, got {pool.layout}"
             )
         dtype = str(pool.dtype).removeprefix("torch.")
         if dtype not in DTYPE_BYTES:
@@ -85,20 +99,8 @@ class PagePool:
                 f"--kv-cache-dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype}: "
                 "PolarCache quantizes by itself"
             )
-        made = cls(
-            layout=pool.layout,
-            keys=pool.k_buffer,
-            values=pool.v_buffer,
-            num_layers=pool.layer_num,
-            page_tokens=pool.page_size,
-            num_heads=pool.head_num,
-            head_dim=pool.head_dim,
-            v_head_dim=pool.v_head_dim,
-            dtype=dtype,
-        )
-        made._check(kind, "k_buffer", made.keys, made.head_dim)
-        made._check(kind, "v_buffer", made.values, made.v_head_dim)
-        return made
+        made = _of_latents if is_latent else _of_heads
+        return made(cls, pool, dtype)
 
     def pages(self, host_indices: torch.Tensor, num_pages: int) -> list[BlockTensors]:
         """Views of pages.
@@ -127,31 +129,32 @@ class PagePool:
         """Views of flat pages, as `get_data_page` and `get_dummy_flat_data_page` make them.
 
         Args:
-            pages: Tensors of 2 * L * P * H * D elements, contiguous.
+            pages: Tensors of 2 * L * P * H * D elements, or of L * P latent vectors, contiguous.
 
         Returns:
-            For each K [L, P, H, D] and V [L, P, H, D].
+            For each K [L, P, H, D] and V [L, P, H, Dv].
 
         Raises:
             LayoutMismatchError: One is of another size or dtype.
         """
-        shape = self._page_shape(self.head_dim)
-        wanted = 2 * self.num_layers * self.page_tokens * self.num_heads * self.head_dim
+        shape = self._flat_shape()
         views = []
         for page in pages:
-            if page.numel() != wanted or str(page.dtype) != f"torch.{self.dtype}":
+            if page.numel() != math.prod(shape) or str(page.dtype) != f"torch.{self.dtype}":
                 raise LayoutMismatchError(
-                    f"a flat page must be {self.dtype} [{wanted}], got {page.dtype} "
+                    f"a flat page must be {self.dtype} [{math.prod(shape)}], got {page.dtype} "
                     f"{list(page.shape)}"
                 )
-            keys, values = page.view(2, *shape)
+            buffer = page.view(shape)
+            keys, values = (
+                _split(buffer, self.v_head_dim, self.num_heads) if self.is_latent else buffer
+            )
             views.append((self._page(keys, 0), self._page(values, 0)))
         return views
 
     def empty_flat_page(self) -> torch.Tensor:
         """An uninitialized flat page."""
-        shape = self._page_shape(self.head_dim)
-        return torch.empty(2, *shape, dtype=getattr(torch, self.dtype)).flatten()
+        return torch.empty(math.prod(self._flat_shape()), dtype=getattr(torch, self.dtype))
 
     def _page(self, buffer: torch.Tensor, first_slot: int) -> torch.Tensor:
         """The page that starts at a slot, as [L, P, H, D]."""
@@ -165,27 +168,90 @@ class PagePool:
             return buffer[page_index]
         return buffer[page_index].permute(2, 1, 0, 3)
 
-    def _page_shape(self, head_dim: int) -> tuple[int, ...]:
-        """A buffer of one page."""
-        tokens, layers, heads = self.page_tokens, self.num_layers, self.num_heads
-        return {
-            "layer_first": (layers, tokens, heads, head_dim),
-            "page_first": (tokens, layers, heads, head_dim),
-            "page_first_direct": (1, layers, tokens, heads, head_dim),
-            "page_head": (1, heads, tokens, layers, head_dim),
-        }[self.layout]
+    def _flat_shape(self) -> tuple[int, ...]:
+        """A flat page before it was flattened."""
+        if self.is_latent:
+            width = self.num_heads * (self.head_dim + self.v_head_dim)
+            return _page_shape(self.layout, self.num_layers, self.page_tokens, 1, width)
+        shape = (self.num_layers, self.page_tokens, self.num_heads, self.head_dim)
+        return (2, *_page_shape(self.layout, *shape))
 
-    def _check(self, kind: str, name: str, buffer: torch.Tensor, head_dim: int) -> None:
-        # A layout that changed under its old name would corrupt every page in silence.
-        expected = list(self._page_shape(head_dim))
-        slot_axis = 1 if self.layout == "layer_first" else 0
-        got = list(buffer.shape)
-        matches = len(got) == len(expected) and buffer.device.type == "cpu"
-        if matches:
-            expected[slot_axis] = got[slot_axis]
-            matches = got == expected
-        if not matches:
-            raise LayoutMismatchError(
-                f"{name} of {kind} must be on the CPU in the {self.layout} layout {expected} "
-                f"(axis {slot_axis} of any length), got {got} on {buffer.device}"
-            )
+
+def _of_heads(cls: type[PagePool], pool: Any, dtype: str) -> PagePool:
+    for name, width in (("k_buffer", pool.head_dim), ("v_buffer", pool.v_head_dim)):
+        _check(pool, name, pool.head_num, width)
+    return cls(
+        layout=pool.layout,
+        is_latent=False,
+        keys=pool.k_buffer,
+        values=pool.v_buffer,
+        num_layers=pool.layer_num,
+        page_tokens=pool.page_size,
+        num_heads=pool.head_num,
+        head_dim=pool.head_dim,
+        v_head_dim=pool.v_head_dim,
+        dtype=dtype,
+    )
+
+
+def _of_latents(cls: type[PagePool], pool: Any, dtype: str) -> PagePool:
+    latent, turned = pool.kv_lora_rank, pool.qk_rope_head_dim
+    if pool.kv_cache_dim != latent + turned:
+        raise UnsupportedError(
+            f"{type(pool).__name__} has vectors of {pool.kv_cache_dim} elements, expected "
+            f"{latent + turned}: {latent} of the latent and {turned} that RoPE turns"
+        )
+    _check(pool, "kv_buffer", 1, pool.kv_cache_dim)
+    heads = -(-max(latent, turned) // _WIDEST_HEAD)
+    if latent % (16 * heads) or turned % (16 * heads):
+        raise UnsupportedError(
+            f"latent vectors of {latent} and {turned} channels do not split into {heads} heads of "
+            f"multiples of 16 channels up to {_WIDEST_HEAD}"
+        )
+    keys, values = _split(pool.kv_buffer, latent // heads, heads)
+    return cls(
+        layout=pool.layout,
+        is_latent=True,
+        keys=keys,
+        values=values,
+        num_layers=pool.layer_num,
+        page_tokens=pool.page_size,
+        num_heads=heads,
+        head_dim=turned // heads,
+        v_head_dim=latent // heads,
+        dtype=dtype,
+    )
+
+
+def _split(vectors: torch.Tensor, v_head_dim: int, heads: int) -> BlockTensors:
+    """Views K [..., H, D] and V [..., H, Dv] of latent vectors [..., 1, H * (Dv + D)]."""
+    latent = heads * v_head_dim
+    keys, values = vectors[..., 0, latent:], vectors[..., 0, :latent]
+    return keys.unflatten(-1, (heads, -1)), values.unflatten(-1, (heads, -1))
+
+
+def _page_shape(layout: str, layers: int, tokens: int, heads: int, width: int) -> tuple[int, ...]:
+    """A buffer of one page."""
+    return {
+        "layer_first": (layers, tokens, heads, width),
+        "page_first": (tokens, layers, heads, width),
+        "page_first_direct": (1, layers, tokens, heads, width),
+        "page_head": (1, heads, tokens, layers, width),
+    }[layout]
+
+
+def _check(pool: Any, name: str, heads: int, width: int) -> None:
+    # A layout that changed under its old name would corrupt every page in silence.
+    buffer = getattr(pool, name)
+    expected = list(_page_shape(pool.layout, pool.layer_num, pool.page_size, heads, width))
+    slot_axis = 1 if pool.layout == "layer_first" else 0
+    got = list(buffer.shape)
+    matches = len(got) == len(expected) and buffer.device.type == "cpu"
+    if matches:
+        expected[slot_axis] = got[slot_axis]
+        matches = got == expected
+    if not matches:
+        raise LayoutMismatchError(
+            f"{name} of {type(pool).__name__} must be on the CPU in the {pool.layout} layout "
+            f"{expected} (axis {slot_axis} of any length), got {got} on {buffer.device}"
+        )

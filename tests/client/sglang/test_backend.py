@@ -1,14 +1,13 @@
 """The backend without SGLang: pools and configuration as SGLang has them, a real service."""
 
 import hashlib
-from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from polarcache.client.sglang.backend import HiCacheBackend, block_key
+from polarcache.client.sglang.backend import block_key
 from polarcache.client.sglang.pages import PagePool
 from polarcache.proto.errors import (
     InvalidRequestError,
@@ -16,10 +15,10 @@ from polarcache.proto.errors import (
     PolarCacheError,
     UnsupportedError,
 )
+from tests.client.sglang.sglang_pages import KEYS, LAYERS, PAGE_TOKENS, PAGES, slots
 
-PAGE_TOKENS, LAYERS, HEADS, HEAD_DIM, PAGES = 64, 3, 2, 32, 6
+HEADS, HEAD_DIM = 2, 32
 LAYOUTS = ["layer_first", "page_first", "page_first_direct", "page_head"]
-KEYS = [hashlib.sha256(bytes([i])).hexdigest() for i in range(6)]
 
 
 def make_pool(layout: str, dtype: torch.dtype = torch.float16, seed: int = 0) -> Any:
@@ -48,36 +47,6 @@ def flat_page(pool: Any, page: int) -> torch.Tensor:
     else:
         part = pool.kv_buffer[:, page : page + 1]
     return part.flatten()
-
-
-def slots(*pages: int) -> torch.Tensor:
-    starts = torch.tensor(pages, dtype=torch.int64) * PAGE_TOKENS
-    return (starts[:, None] + torch.arange(PAGE_TOKENS)).flatten()
-
-
-@pytest.fixture
-def start_backend(service: Any, spec: Any) -> Iterator[Callable[..., HiCacheBackend]]:
-    started: list[HiCacheBackend] = []
-
-    def start(pool: Any = None, facts: Any = None, **options: Any) -> HiCacheBackend:
-        extra_config = {
-            "backend_name": "polarcache", "module_path": "m", "class_name": "c",
-            "interface_v1": 1, "endpoint": service.endpoint, "lookup_timeout_ms": 5000,
-        } | options  # fmt: skip
-        storage_config = SimpleNamespace(
-            tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, attn_cp_size=1, is_mla_model=False,
-            should_split_heads=False, enable_storage_metrics=True, model_name=spec.model,
-            extra_config=extra_config,
-        )  # fmt: skip
-        vars(storage_config).update(facts or {})
-        started.append(HiCacheBackend(storage_config, {}))
-        if pool is not None:
-            started[-1].register_mem_pool_host(pool)
-        return started[-1]
-
-    yield start
-    for backend in started:
-        backend.close()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -183,8 +152,10 @@ def test_clear_and_close(start_backend: Any) -> None:
 
 
 def test_what_cannot_be_stored_is_refused_with_words(start_backend: Any) -> None:
-    with pytest.raises(UnsupportedError, match="MLA"):
-        start_backend(facts={"is_mla_model": True})
+    with pytest.raises(UnsupportedError, match=r"MLA.*k=exact,v=int4"):
+        start_backend(facts={"is_mla_model": True}, profile="k=exact,v=int4")
+    with pytest.raises(UnsupportedError, match="dcp_size 2"):
+        start_backend(facts={"is_mla_model": True, "dcp_size": 2})
     with pytest.raises(UnsupportedError, match="attn_cp_size 2"):
         start_backend(facts={"attn_cp_size": 2})
     with pytest.raises(UnsupportedError, match="tp_lcm_size"):

@@ -14,10 +14,11 @@ from sglang.srt.mem_cache.allocator import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
 from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.pool_host import base as pool_host_base
 from sglang.srt.mem_cache.pool_host.group import HostPoolGroup, PoolEntry
 from sglang.srt.mem_cache.pool_host.mha import get_mha_host_pool_cls
+from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.runtime_context import get_parallel
 
@@ -26,6 +27,7 @@ from polarcache.proto.errors import InvalidRequestError, UnsupportedError
 
 PAGE_TOKENS = 64
 LAYERS, HEADS, HEAD_DIM = 3, 2, 64
+LATENT, TURNED = 512, 64
 LAYOUTS = ["layer_first", "page_first", "page_first_direct", "page_head"]
 INTERFACES = {"v0": 0, "v1": 1}
 
@@ -96,18 +98,27 @@ def start_engine(service: Any, spec: Any) -> Iterator[Callable[..., Engine]]:
             controller: str = "hybrid",
             **options: Any,
         ) -> Engine:
-            device = MHATokenToKVPool(
-                size=PAGE_TOKENS * 8, page_size=PAGE_TOKENS, dtype=torch.float16, head_num=HEADS,
-                head_dim=HEAD_DIM, v_head_dim=options.pop("v_head_dim", None), layer_num=LAYERS,
-                device="cpu", enable_memory_saver=False,
-            )  # fmt: skip
+            sizes = {
+                "size": PAGE_TOKENS * 8, "page_size": PAGE_TOKENS, "dtype": torch.float16,
+                "layer_num": LAYERS, "device": "cpu", "enable_memory_saver": False,
+            }  # fmt: skip
+            is_latent = options.pop("is_latent", False)
+            if is_latent:
+                device = MLATokenToKVPool(kv_lora_rank=LATENT, qk_rope_head_dim=TURNED, **sizes)
+            else:
+                v_head_dim = options.pop("v_head_dim", None)
+                device = MHATokenToKVPool(
+                    head_num=HEADS, head_dim=HEAD_DIM, v_head_dim=v_head_dim, **sizes
+                )
             allocator = PagedTokenToKVPoolAllocator(
                 device.size, PAGE_TOKENS, device.dtype, "cpu", device, need_sort=False
             )
             info = device.get_device_pool_infos()[0].buffer_info
-            host = get_mha_host_pool_cls(info)(
+            kind = MLATokenToKVPoolHost if is_latent else get_mha_host_pool_cls(info)
+            of_target = {"target_layer_num": LAYERS} if is_latent else {}
+            host = kind(
                 info, 40.0, 0, PAGE_TOKENS, layout, pin_memory=False,
-                device_capacity_tokens=device.size, start_layer=0, end_layer=LAYERS,
+                device_capacity_tokens=device.size, start_layer=0, end_layer=LAYERS, **of_target,
             )  # fmt: skip
             extra_config = {
                 "backend_name": "polarcache",
@@ -118,8 +129,8 @@ def start_engine(service: Any, spec: Any) -> Iterator[Callable[..., Engine]]:
                 "revision": "1",
             } | options
             group = HostPoolGroup([PoolEntry(PoolName.KV, host, device, lambda layer: layer, True)])
-            kind = HybridCacheController if controller == "hybrid" else HiCacheController
-            made = kind(
+            of_kind = HybridCacheController if controller == "hybrid" else HiCacheController
+            made = of_kind(
                 allocator, group if controller == "hybrid" else host, PAGE_TOKENS,
                 tp_group=None, load_cache_event=None,
                 write_policy="write_through", io_backend="kernel", storage_backend="dynamic",
@@ -180,6 +191,33 @@ def test_keys_and_values_of_different_widths(start_engine: Callable[..., Engine]
         stored = getattr(one.host, side)[slots].transpose(0, 1)
         loaded = getattr(other.host, side)[(found[::PAGE_TOKENS] // PAGE_TOKENS)]
         assert torch.equal(stored, loaded.transpose(0, 1).flatten(1, 2))
+
+
+@pytest.mark.parametrize("controller", ["plain", "hybrid"])
+@pytest.mark.parametrize("interface", list(INTERFACES))
+@pytest.mark.parametrize("layout", LAYOUTS[:3])
+def test_latent_vectors_are_stored_by_one_rank_and_read_by_all(
+    start_engine: Callable[..., Engine], layout: str, interface: str, controller: str
+) -> None:
+    tokens = list(range(4 * PAGE_TOKENS))
+    one = start_engine(layout, interface, controller, is_latent=True)
+    with get_parallel().override(tp_rank=1, tp_size=2):
+        other = start_engine(layout, interface, controller, is_latent=True)
+    assert one.controller.storage_config.is_mla_model
+    assert not other.controller.storage_config.is_storage_writer
+
+    mine = other.fill(4, seed=8)
+    other.backup(mine, tokens)  # Reports success: rank 0 stores them.
+    assert one.prefetch(tokens)[1] == 0
+    stored = one.fill(4, seed=9)
+    assert one.backup(stored, tokens) == 4 * PAGE_TOKENS
+    found, num_tokens = other.prefetch(tokens)
+
+    assert num_tokens == 4 * PAGE_TOKENS
+    for expected, got in zip(one.flat_pages(stored), other.flat_pages(found), strict=True):
+        assert torch.equal(expected, got)
+    with pytest.raises(UnsupportedError, match="MLA"):
+        start_engine(layout, is_latent=True, profile="k=exact,v=int4")
 
 
 def test_a_quantized_profile_comes_back_close(start_engine: Callable[..., Engine]) -> None:
