@@ -34,6 +34,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+# Its sibling, whatever the working directory: `python benchmarks/vllm_hit.py`.
+sys.path.insert(0, str(Path(__file__).parent))
+
 from vllm_hit_systems import BLOCK_TOKENS, LMCACHE, NO_STORE, Bench, System
 
 ROOT = Path(__file__).parents[1]
