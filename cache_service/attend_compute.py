@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Generic, TypeVar
@@ -40,6 +39,8 @@ QueryT = TypeVar("QueryT", bound=LayerQuery)
 _MAX_PLANS = 256
 _GPU_LANES = 2
 _by_place = attrgetter("place")
+# The stream that each thread launches in.
+_entered = threading.local()
 # Two launches and a merge instead of one cost about 100 us on a GPU, in which it reads this much.
 # An estimate, not a measurement. On the CPU nothing is shared: it computes run by run.
 _WORTH_BYTES = 400_000_000
@@ -90,7 +91,6 @@ class AttendCompute:
         self._under_way: tuple[Plan, Sequence[LayerQuery]] | None = None
         self._kernel_ns = 0
         self._is_cuda = pool.is_cuda
-        self._home_thread = 0
         if self._is_cuda:
             self._stream = stream or torch.cuda.Stream(pool.device)
             self._begin = torch.cuda.Event(enable_timing=True)
@@ -99,17 +99,11 @@ class AttendCompute:
 
     @classmethod
     def lanes(cls, pool: torch.Tensor) -> list[AttendCompute]:
-        """As many as the device has use for; for the calling thread, which they make ready."""
+        """As many as the device has use for."""
         if not pool.is_cuda:
             return [cls(pool)]
-        torch.cuda.set_device(pool.device)
         stream = torch.cuda.Stream(pool.device)
-        # Asking for the stream in every launch would cost as much as the launch.
-        torch.cuda.set_stream(stream)
-        lanes = [cls(pool, stream=stream) for _ in range(_GPU_LANES)]
-        for lane in lanes:
-            lane._home_thread = threading.get_ident()
-        return lanes
+        return [cls(pool, stream=stream) for _ in range(_GPU_LANES)]
 
     def run(self, requests: Sequence[QueryT]) -> Computed[QueryT]:
         """Answers requests of one launch key."""
@@ -143,14 +137,13 @@ class AttendCompute:
         if len(requests) == 1:
             self._alone = first.prefix, first.num_tokens
         if self._is_cuda:
-            is_home = self._home_thread == threading.get_ident()
-            with nullcontext() if is_home else torch.cuda.stream(self._stream):
-                plan.upload()
-                self._begin.record(self._stream)
-                self._launch(plan, slice_offset)
-                self._end.record(self._stream)
-                plan.download()
-                self._done.record(self._stream)
+            self._enter_stream()
+            plan.upload()
+            self._begin.record(self._stream)
+            self._launch(plan, slice_offset)
+            self._end.record(self._stream)
+            plan.download()
+            self._done.record(self._stream)
         else:
             start_ns = time.monotonic_ns()
             self._launch(plan, slice_offset)
@@ -176,6 +169,15 @@ class AttendCompute:
             self._done.synchronize()
             self._kernel_ns = int(self._begin.elapsed_time(self._end) * 1e6)
         return Computed(requests, plan.answers(requests), self._kernel_ns)
+
+    def _enter_stream(self) -> None:
+        """Makes the stream that of the calling thread, for good.
+
+        To set it for each launch and put the old one back would cost as much as the launch.
+        """
+        if getattr(_entered, "stream", None) is not self._stream:
+            torch.cuda.set_stream(self._stream)
+            _entered.stream = self._stream
 
     def _launch(self, plan: Plan, slice_offset: int) -> None:
         attention = plan.attention
