@@ -86,9 +86,13 @@ class BlockCodec:
         """Bytes of one packed block: the size of its page."""
         return self.packed.slice_bytes * self._layout.num_layers
 
+    def is_verbatim(self, *, packed: bool) -> bool:
+        """Whether wire bytes are page bytes, so that no codec runs."""
+        return packed or self._raw_is_packed
+
     def only_copies(self, *, packed: bool) -> bool:
         """Whether wire bytes are page bytes in host memory, so that no codec and no GPU runs."""
-        return (packed or self._raw_is_packed) and self._device.type == "cpu"
+        return self.is_verbatim(packed=packed) and self._device.type == "cpu"
 
     def slice_bytes(self, *, packed: bool) -> int:
         """Bytes of one slice on the wire."""
@@ -110,7 +114,7 @@ class BlockCodec:
         outs = [self._slices(place) for place in places]
         ends = list(itertools.accumulate(len(place.layers) for place in places))
         try:
-            if packed or self._raw_is_packed:
+            if self.is_verbatim(packed=packed):
                 check_packed(self.packed, self._dtype, slices)
                 for out, end in zip(outs, ends, strict=True):
                     _copy(out, slices[end - len(out) : end])
@@ -168,7 +172,7 @@ class BlockCodec:
                 end += len(one)
             return
         stored = torch.cat(list(slices))
-        if packed or self._raw_is_packed:
+        if self.is_verbatim(packed=packed):
             rows.copy_(stored)
             return
         decoded = (

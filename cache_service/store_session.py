@@ -52,6 +52,7 @@ class StoreSession:
         self._num_writing = 0
         codec = namespace.codec
         self._only_copies = codec.only_copies(packed=packed)
+        self._keeps_checksums = codec.is_verbatim(packed=packed)
         # Pages that are free are taken at once, so that spans need not wait for them.
         free = store.memory.allocate_free(codec.packed_block_bytes, len(wanted))
         self._pages: dict[int, Page] = dict(zip(wanted, free, strict=False))
@@ -96,6 +97,10 @@ class StoreSession:
         start_ns = time.monotonic_ns()
         try:
             self._namespace.codec.write(places, payload, packed=self._packed)
+            if has_checksums and self._keeps_checksums:
+                for span in spans:
+                    layers = span.first_layer, span.num_layers
+                    self._pages[span.block_index].checksums[layers] = span.checksum
         finally:
             with self._changed:
                 self._num_writing -= 1

@@ -172,6 +172,7 @@ class RetrieveTransfer:
         self._counters = counters
         self.slice_bytes = namespace.codec.slice_bytes(packed=packed)
         self.is_quick = namespace.codec.only_copies(packed=packed)
+        self._is_verbatim = namespace.codec.is_verbatim(packed=packed)
         self._num_layers = namespace.spec.layout.num_layers
         header = pb.RetrieveHeader(num_blocks=len(pinned.entries), miss_reason=pinned.miss_reason)
         self.header = pb.RetrieveResponse(header=header).SerializeToString()
@@ -181,11 +182,15 @@ class RetrieveTransfer:
         return plan_frames(self._parts(), max(1, frame_bytes // self.slice_bytes))
 
     def message(self, frame: list[Part]) -> bytes:
-        """A frame that carries its payload."""
+        """A frame that carries its payload, with the checksums it came with where it has them."""
         buffers = self._read(frame)
         spans = _spans(frame)
         for span, buffer in zip(spans, buffers, strict=True):
-            span.checksum = checksum(buffer)
+            known = self._pinned.entries[span.block_index].page.checksums
+            came_with = known.get((span.first_layer, span.num_layers))
+            if came_with is None or not self._is_verbatim:
+                came_with = checksum(buffer)
+            span.checksum = came_with
         return join_frame(pb.RetrieveResponse(spans=spans), buffers)
 
     def into_region(self, frame: list[Part], where: pb.RegionRange, view: memoryview) -> bytes:

@@ -8,7 +8,7 @@ kernel can address it by its offset.
 from __future__ import annotations
 
 import bisect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,10 +24,14 @@ class Page:
     Attributes:
         offset: First byte, a multiple of `PAGE_ALIGNMENT_BYTES`.
         num_bytes: Bytes that the block uses.
+        checksums: Of those consecutive layers that came with one, as they came: xxh3-64 by first
+            layer and number of layers. A reader gets the storing worker's, so that it also tells
+            of bytes that changed in memory.
     """
 
     offset: int
     num_bytes: int
+    checksums: dict[tuple[int, int], int] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def extent_bytes(self) -> int:
