@@ -13,7 +13,6 @@ from torch import Tensor
 from polarcache.kernels.gpu import polar_kernels, tier_kernels, tree_decode, tree_encode
 from polarcache.kernels.gpu.tables import (
     MATRIX_SCALE,
-    cosine_pairs,
     key_mixing,
     level_cosines,
     polar_decoder_tables,
@@ -357,12 +356,12 @@ def _tree_launches(
     encoder = _launch(
         tree_encode.encode_trees,
         {**common, "COSINES": tuple(cosines.flatten().tolist()), "TANGENTS": tuple(tangents)},
-        partial(tree_encoder_tables, codec, head_dim, order), shape,
+        partial(tree_encoder_tables, codec, head_dim, order, centred), shape,
         _DEEP_ENCODER if deep else _TREE_ENCODER[side],
         shape.tokens if centred else TILE_TOKENS, most,
     )  # fmt: skip
     decoder = _launch(
-        tree_decode.decode_trees, {**common, "PAIRS": cosine_pairs(cosines)},
+        tree_decode.decode_trees, common,
         partial(tree_decoder_tables, codec, head_dim, order), shape,
         _TREE_DECODER, TILE_TOKENS, most,
     )  # fmt: skip

@@ -8,6 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from polarcache.kernels.gpu.fragments import channels
 from polarcache.kernels.gpu.tree import ENTRIES
 from polarcache.kernels.layout import BlockShape
 from polarcache.kernels.options import Polar, Recursive
@@ -121,16 +122,18 @@ def _tree_rotation(codec: Recursive, head_dim: int) -> _Floats:
 
 @lru_cache(maxsize=64)
 def tree_encoder_tables(
-    codec: Recursive, head_dim: int, order: str, device: torch.device
+    codec: Recursive, head_dim: int, order: str, centred: bool, device: torch.device
 ) -> tuple[Tensor, ...]:
     """Returns parts of the rotation, fp16 [2, D, D], and cosines of all levels, fp32 [levels, 16].
 
-    Columns are channels in the order of the kernel.
+    Rows are channels in the order of fragments.channels, of centred keys in order; columns are
+    rotated channels in the order of the kernel.
 
     Args:
         codec: form and seed.
         head_dim: D.
         order: how trees lie, `key` for lanes of keys.
+        centred: whether means are taken off.
         device: where the tensors lie.
     """
     blocks = head_dim // 16
@@ -138,6 +141,8 @@ def tree_encoder_tables(
     place = column % blocks
     column = column - place + _block_at(place, blocks, order)
     matrix = np.ascontiguousarray(_tree_rotation(codec, head_dim)[column].T)
+    if not centred:
+        matrix = matrix[channels(head_dim)]
     return _parts(matrix, device), level_cosines(codec, head_dim).to(device)
 
 
@@ -147,31 +152,30 @@ def tree_decoder_tables(
 ) -> tuple[Tensor, ...]:
     """Returns parts of the rotation and the rotation, fp16 [3, D, D], and angles of all levels.
 
-    Rows are channels in the order of the kernel, tree by tree, bits of their places reversed.
-    Angles are int32 [3, levels, 16]: cosine and sine as fp32, then both as fp16.
+    Rows are rotated channels in the order of the kernel, tree by tree, bits of their places
+    reversed; columns are channels in that of fragments.channels. Angles are int32 [3, levels, 16]:
+    cosine and sine as fp32, then both as fp16. Last come those of code % 4 and code // 4 of the
+    first four levels, int64 [4, 16].
     """
     blocks = head_dim // 16
     row = np.arange(head_dim)
+    if order == "key":
+        lane, number = row // 2 % 4, row // 16 * 4 + row // 8 % 2 * 2 + row % 2
+        row = lane * (head_dim // 4) + number
     place = row % 16
     channel = sum(((place >> bit) & 1) << (3 - bit) for bit in range(4))
     matrix = _tree_rotation(codec, head_dim)[channel * blocks + _block_at(row // 16, blocks, order)]
+    matrix = matrix[:, channels(head_dim)]
     plain = torch.from_numpy(matrix.astype(np.float16))[None].to(device)
     cosines = level_cosines(codec, head_dim)
     sines = (1 - cosines.double().square()).sqrt().float()
     sines[0] = cosines[0].roll(4)
     halves = torch.stack((cosines, sines), -1).half().view(torch.int32)[..., 0]
     angles = torch.stack((cosines.view(torch.int32), sines.view(torch.int32), halves))
-    return torch.cat((_parts(matrix, device), plain)), angles.to(device)
-
-
-def cosine_pairs(cosines: Tensor) -> tuple[int, ...]:
-    """Returns the first four cosines of each level as fp16, two in each of two int32.
-
-    Args:
-        cosines: fp32 [levels, 16].
-    """
-    pairs = cosines[:, :4].half().contiguous().view(torch.int32)
-    return tuple(pairs.flatten().tolist())
+    code = torch.arange(_ENTRIES)
+    pairs = torch.stack((halves[:4, code % 4], halves[:4, code // 4]), -1).view(torch.int64)
+    pairs = pairs[..., 0].contiguous()
+    return torch.cat((_parts(matrix, device), plain)), angles.to(device), pairs.to(device)
 
 
 def _block_at(place: npt.NDArray[np.int64], blocks: int, order: str) -> npt.NDArray[np.int64]:

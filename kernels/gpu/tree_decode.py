@@ -3,14 +3,15 @@
 Math: kernels/polar/README.md, section 2. Reference: kernels/polar/recursive.py.
 
 A thread holds four trees that are neighbours in memory and turns their codes into 64 channels:
-nothing but the rows of the product and its result change threads. The cosine and the sine of a
-2-bit code are bytes of two registers, those of longer codes an entry of a table in shared memory.
+nothing but the rows of the product and its result change threads. fp16 and bf16 take codes of
+4-2-2-2 bits from tree_lookup.py; here are all others.
 """
 
 import triton
 import triton.language as tl
 
-from polarcache.kernels.gpu import centre, rotate, tree
+from polarcache.kernels.gpu import centre, fragments, rotate, tree, tree_lookup
+from polarcache.kernels.gpu.tree_lookup import apart, halved, joined
 from polarcache.kernels.gpu.words import INTERPRETED
 
 ENTRIES = tree.ENTRIES
@@ -26,6 +27,7 @@ def decode_trees(
     slots_ptr,
     matrix_ptr,
     table_ptr,
+    pairs_ptr,
     num_slices,
     stride_packed_n,
     stride_n,
@@ -36,7 +38,6 @@ def decode_trees(
     ITEMS: tl.constexpr,
     ROWS: tl.constexpr,
     BITS: tl.constexpr,
-    PAIRS: tl.constexpr,
     FORM: tl.constexpr,
     CENTRED: tl.constexpr,
     ORDER: tl.constexpr,
@@ -48,35 +49,56 @@ def decode_trees(
 
     Grid: any number of programs.
     Reads: packed uint8 [N, slice_bytes], fields as encode_trees writes them. matrix fp16
-    [3, D, D], rows in the order of `_rows`: high and low part of the rotation over SCALE, then the
-    rotation. table int32 [3, levels, ENTRIES]: of the angles of codes.
+    [3, D, D], rows in the order of `_rows`, columns in that of fragments.channels: high and low
+    part of the rotation over SCALE, then the rotation. table int32 [3, levels, ENTRIES]: of the
+    angles of codes. pairs int64 [4, ENTRIES]: of two of 4-2-2-2 bits.
     Writes: out fp16, bf16 or fp32 as encode_trees reads x, every element once; fp16 saturates.
     Precision: products of fp16 numbers, each the product of a radius with one cosine or sine a
     level, rounded every time, and fp32 sums; where out is fp32, fp32 products in two parts.
     """
     LEVELS: tl.constexpr = len(BITS)
     WIDE: tl.constexpr = out_ptr.dtype.element_ty == tl.float32
+    AHEAD: tl.constexpr = not WIDE and FORM != "deep"
     if WIDE:
         high, low = rotate.load_matrices(matrix_ptr, D, D, 2)
     else:
         high = rotate.load_matrix(matrix_ptr + 2 * D * D, D, D)
         low = high
-    channel = tl.arange(0, D)
-    known = (channel < D)[None, :]
     turns = rotate.turns(num_slices * ITEMS)
+    if AHEAD:
+        tl.static_assert(BITS == (4, 2, 2, 2))
+        angles = rotate.load_table(table_ptr + _BOTH * LEVELS * ENTRIES, ENTRIES)
+        pairs = rotate.load_table(pairs_ptr, 4 * ENTRIES)
+        codes = tree_lookup.load_codes(
+            packed_ptr, tl.program_id(0), stride_packed_n, D, ITEMS, ROWS, FORM, FIELDS
+        )
     for turn in tl.range(0, turns, num_stages=STAGES):
         item = tl.program_id(0) + turn * tl.num_programs(0)
         slice_index = (item // ITEMS).to(tl.int64)
         first_row = item % ITEMS * ROWS
         slice_ptr = packed_ptr + slice_index * stride_packed_n
-        radii = _radii(slice_ptr, first_row, table_ptr, D, ROWS, BITS, FORM, ORDER, FIELDS, WIDE)
-        radii = _four(radii)
-        for back in tl.static_range(4):
-            radii = _halves(
-                slice_ptr + FIELDS[3 - back], first_row, radii, table_ptr,
-                D, ROWS, LEVELS, 3 - back, BITS[3 - back], PAIRS, WIDE,
-            )  # fmt: skip
-        x = _rows(_joined(radii, 64), ROWS, D, ORDER)
+        if AHEAD:
+            # The last item is loaded once more.
+            item = tl.program_id(0) + tl.minimum(turn + 1, turns - 1) * tl.num_programs(0)
+            ahead = tree_lookup.load_codes(
+                packed_ptr, item, stride_packed_n, D, ITEMS, ROWS, FORM, FIELDS
+            )
+            x = tree_lookup.channels(codes, angles, pairs)
+            codes = ahead
+        else:
+            halves = apart(
+                _radii(
+                    slice_ptr, first_row, table_ptr, D, ROWS, BITS, FORM, ORDER, FIELDS, WIDE
+                ),
+                4,
+            )
+            for back in tl.static_range(4):
+                halves = _halves(
+                    slice_ptr + FIELDS[3 - back], first_row, halves, table_ptr,
+                    D, ROWS, LEVELS, 3 - back, BITS[3 - back], WIDE,
+                )  # fmt: skip
+            x = joined(halves, 64)
+        x = _rows(x, ROWS, D, ORDER)
         if WIDE:
             x_high, x_low, inverse = rotate.split_rows(x)
             numbers = rotate.product(x_high, x_low, high, low, True, 2) * (inverse * SCALE)
@@ -85,25 +107,32 @@ def decode_trees(
         if CENTRED:
             at = (slice_ptr + FIELDS[LEVELS + 2]).to(tl.pointer_type(tl.float16))
             scale = tl.load(at + first_row // T).to(tl.float32)
-            at = slice_ptr + FIELDS[LEVELS + 1] + first_row // T * D + channel[None, :]
-            numbers += rotate.spread_columns(centre.load_mean(at, known, scale))
-        numbers = numbers.to(out_ptr.dtype.element_ty)
-        if out_ptr.dtype.element_ty == tl.float16:
-            # Two numbers an instruction, unlike tl.clamp.
-            most = tl.full([ROWS, D], rotate.FP16_MAX, tl.float16)
-            numbers = tl.maximum(tl.minimum(numbers, most), -most)
-        row = first_row + tl.arange(0, ROWS)
+            channel = fragments.column_channels(D)[None, :]
+            at = slice_ptr + FIELDS[LEVELS + 1] + first_row // T * D + channel
+            numbers += rotate.spread_columns(centre.load_mean(at, channel < D, scale))
+        numbers = fragments.to_tiles(_rounded(numbers, out_ptr.dtype.element_ty), ROWS, D)
+        row, channel = fragments.tile_rows(ROWS, D)
+        row += first_row
         rows = rotate.head_rows(slots_ptr, slice_index, row, stride_n, stride_t, stride_h, T)
-        tl.store(out_ptr + rows[:, None] + channel[None, :], numbers)
+        tl.store(out_ptr + (rows + channel)[:, None] + tl.arange(0, 32)[None, :], numbers)
 
 
 @triton.jit
-def _four(numbers):
-    """Splits [N] into what each of a thread's trees has: four of [N / 4]."""
-    even, odd = tl.split(tl.reshape(numbers, [numbers.shape[0] // 4, 2, 2]))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
+def _rounded(numbers, dtype: tl.constexpr):
+    """Rounds fp32 numbers; fp16 saturates."""
+    if dtype != tl.float16:
+        return numbers.to(dtype)
+    elif INTERPRETED:
+        return tl.clamp(numbers, -rotate.FP16_MAX, rotate.FP16_MAX).to(dtype)
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.satfinite.f16x2.f32 $0, $2, $1;",
+            "=r,r,r",
+            [numbers],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
 
 
 @triton.jit
@@ -117,7 +146,6 @@ def _halves(
     LEVELS: tl.constexpr,
     LEVEL: tl.constexpr,
     BITS: tl.constexpr,
-    PAIRS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
     """Takes trees of 16 channels one level down, LEVEL from 3 to 0, with the codes of a field.
@@ -140,46 +168,12 @@ def _halves(
             halves += _turned(radii[index], codes[index], table_ptr, LEVELS, LEVEL, True)
     else:
         at = table_ptr + (_BOTH * LEVELS + LEVEL) * ENTRIES
-        if BITS == 2:
-            both = _chosen(codes, at, 4 * NODES, PAIRS[2 * LEVEL], PAIRS[2 * LEVEL + 1])
-        else:
-            # Shared memory takes an address of 32 bits, and the entries lie in banks of their own.
-            both = rotate.look_up(rotate.load_table(at, ENTRIES), _joined(codes, 4 * NODES))
-            both = _apart(both, 4 * NODES)
+        # Shared memory takes an address of 32 bits, and the entries lie in banks of their own.
+        both = rotate.look_up(rotate.load_table(at, ENTRIES), joined(codes, 4 * NODES))
+        both = apart(both, 4 * NODES)
         for index in tl.static_range(4 * NODES):
-            halves += _halved(radii[index], both[index])
+            halves += halved(radii[index], both[index])
     return halves
-
-
-@triton.jit
-def _chosen(codes, table_ptr, COUNT: tl.constexpr, LOW: tl.constexpr, HIGH: tl.constexpr):
-    """Looks up COUNT tensors of 2-bit codes, by bytes of four cosines.
-
-    Args:
-        codes: int32 of any shape.
-        table_ptr: int32 [4], cosine and sine of each code as fp16.
-        COUNT: how many.
-        LOW: cosines of codes 0 and 1 as fp16; the sine is the cosine of the mirrored code.
-        HIGH: of codes 2 and 3.
-    """
-    both = ()
-    for index in tl.static_range(COUNT):
-        if INTERPRETED:
-            both += (tl.load(table_ptr + codes[index]),)
-        else:
-            # Bytes 2 c and 2 c + 1 of the four, then 6 - 2 c and 7 - 2 c.
-            places = codes[index] * -0x21DE + 0x7610
-            both += (
-                tl.inline_asm_elementwise(
-                    "prmt.b32 $0, $2, $3, $1;",
-                    "=r,r,r,r",
-                    [places, LOW, HIGH],
-                    dtype=tl.int32,
-                    is_pure=True,
-                    pack=1,
-                ),
-            )
-    return both
 
 
 @triton.jit
@@ -196,7 +190,7 @@ def _words(at_ptr, SIZE: tl.constexpr, BITS: tl.constexpr):
         else:
             tl.static_assert(BITS == 8)
             all_words = tl.load(at_ptr + tl.arange(0, 4 * SIZE))
-        return _four(all_words.to(tl.int32))
+        return apart(all_words.to(tl.int32), 4)
     else:
         index = tl.arange(0, SIZE)
         if BITS == 4:
@@ -216,45 +210,6 @@ def _words(at_ptr, SIZE: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _joined(parts, COUNT: tl.constexpr):
-    """Puts COUNT tensors, a power of two of [N], side by side: [N COUNT]."""
-    SIZE: tl.constexpr = COUNT * parts[0].numel
-    for index in tl.static_range(6):
-        if COUNT >> index > 1:
-            parts = _pairs(parts, COUNT >> (index + 1))
-    return tl.reshape(parts[0], [SIZE])
-
-
-@triton.jit
-def _pairs(parts, COUNT: tl.constexpr):
-    pairs = ()
-    for index in tl.static_range(COUNT):
-        pairs += (tl.join(parts[index], parts[COUNT + index]),)
-    return pairs
-
-
-@triton.jit
-def _apart(numbers, COUNT: tl.constexpr):
-    """The inverse: [N COUNT] to COUNT of [N]."""
-    parts = (numbers,)
-    for index in tl.static_range(6):
-        if COUNT >> index > 1:
-            parts = _evens_and_odds(parts, 1 << index)
-    return parts
-
-
-@triton.jit
-def _evens_and_odds(parts, COUNT: tl.constexpr):
-    evens = ()
-    odds = ()
-    for index in tl.static_range(COUNT):
-        even, odd = tl.split(tl.reshape(parts[index], [parts[index].numel // 2, 2]))
-        evens += (even,)
-        odds += (odd,)
-    return evens + odds
-
-
-@triton.jit
 def _turned(radii, codes, table_ptr, LEVELS: tl.constexpr, LEVEL: tl.constexpr, WIDE: tl.constexpr):
     """Returns radii of both halves of radii of any shape, fp32 with WIDE, else fp16."""
     at = table_ptr + LEVEL * ENTRIES + codes
@@ -263,15 +218,7 @@ def _turned(radii, codes, table_ptr, LEVELS: tl.constexpr, LEVEL: tl.constexpr, 
         sine = tl.load(at + _SINES * LEVELS * ENTRIES).to(tl.float32, bitcast=True)
         return radii * cosine, radii * sine
     else:
-        return _halved(radii, tl.load(at + _BOTH * LEVELS * ENTRIES))
-
-
-@triton.jit
-def _halved(radii, both):
-    """Returns radii of both halves in fp16, of radii, cosines in low halves, sines in high ones."""
-    cosine = both.to(tl.int16).to(tl.float16, bitcast=True)
-    sine = (both >> 16).to(tl.int16).to(tl.float16, bitcast=True)
-    return radii * cosine, radii * sine
+        return halved(radii, tl.load(at + _BOTH * LEVELS * ENTRIES))
 
 
 @triton.jit
@@ -340,11 +287,13 @@ def _rows(x, M: tl.constexpr, D: tl.constexpr, ORDER: tl.constexpr):
     """Orders channels of trees in the order of memory, [M D], as rows [M, D].
 
     Trees follow each other as columns of tree.to_memory; of a tree, channel i stands at the place
-    whose four bits are i's in reverse.
+    whose four bits are i's in reverse. Of keys, lane 4 g + c holds trees of rows g and g + 8: they
+    stay there, as columns 16 j + 8 f + 2 c + e.
     """
     B: tl.constexpr = D // 16
     if ORDER == "key":
-        x = tl.permute(tl.reshape(x, [M // 16, 8, 4, B // 4, 2, 16]), (0, 4, 1, 2, 3, 5))
+        x = tl.reshape(x, [M // 16, 8, 4, B // 4, 2, 4, 2, 2])
+        x = tl.permute(x, (0, 4, 1, 3, 5, 6, 2, 7))
     elif ORDER == "value":
         x = tl.reshape(x, [M // 16, 8, 4, B // 8, 2, 2, 16])
         x = tl.permute(x, (0, 4, 2, 5, 3, 1, 6))

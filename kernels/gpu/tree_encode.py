@@ -7,7 +7,7 @@ for centred keys all tokens of one head. The matrix is loaded once a program.
 import triton
 import triton.language as tl
 
-from polarcache.kernels.gpu import centre, rotate, streams, tree, tree_words
+from polarcache.kernels.gpu import centre, fragments, rotate, streams, tree, tree_words
 
 
 @triton.jit
@@ -49,16 +49,33 @@ def encode_trees(
     """
     DEEP: tl.constexpr = FORM == "deep"
     LEVELS: tl.constexpr = len(BITS)
+    # Numbers of a later item wait in registers, of which fp32 ones would need too many.
+    AHEAD: tl.constexpr = not CENTRED and x_ptr.dtype.element_ty != tl.float32
     high, low = rotate.load_matrices(matrix_ptr, D, D, 2)
     channel = tl.arange(0, D)
     turns = rotate.turns(num_slices * ITEMS)
+    # Matrices are in shared memory now; else every item's product would wait for all warps.
+    tl.debug_barrier()
+    if AHEAD:
+        ahead = _tiles(
+            x_ptr, slots_ptr, tl.program_id(0), stride_n, stride_t, stride_h, T, D, ITEMS, ROWS
+        )
     for turn in tl.range(0, turns, num_stages=STAGES):
         item = tl.program_id(0) + turn * tl.num_programs(0)
         slice_index = (item // ITEMS).to(tl.int64)
         first_row = item % ITEMS * ROWS
-        row = first_row + tl.arange(0, ROWS)
-        rows = rotate.head_rows(slots_ptr, slice_index, row, stride_n, stride_t, stride_h, T)
-        x = tl.load(x_ptr + rows[:, None] + channel[None, :])
+        if CENTRED:
+            row = first_row + tl.arange(0, ROWS)
+            rows = rotate.head_rows(slots_ptr, slice_index, row, stride_n, stride_t, stride_h, T)
+            x = tl.load(x_ptr + rows[:, None] + channel[None, :])
+        else:
+            if AHEAD:
+                x = ahead
+            else:
+                x = _tiles(
+                    x_ptr, slots_ptr, item, stride_n, stride_t, stride_h, T, D, ITEMS, ROWS
+                )
+            x = fragments.to_columns(x, ROWS, D)
         slice_ptr = out_ptr + slice_index * stride_out_n
         if CENTRED:
             x = x.to(tl.float32)
@@ -71,6 +88,12 @@ def encode_trees(
             rotate.refuse(flags_ptr + slice_index, scale.to(tl.float32) <= rotate.FP16_MAX)
         x_high, x_low, inverse = rotate.split_rows(x)
         numbers = rotate.product(x_high, x_low, high, low, x.dtype == tl.float32, 2)
+        if AHEAD:
+            # The last item is loaded once more.
+            item = tl.program_id(0) + tl.minimum(turn + 1, turns - 1) * tl.num_programs(0)
+            ahead = _tiles(
+                x_ptr, slots_ptr, item, stride_n, stride_t, stride_h, T, D, ITEMS, ROWS
+            )
         if DEEP:
             first, second = rotate.halves(numbers)
             codes, products = tree.first_codes(first, second, True)
@@ -89,12 +112,10 @@ def encode_trees(
                 _store_level(slice_ptr, first_row, codes, D, index, BITS, ORDER, FIELDS)
         else:
             tl.static_assert(BITS == (4, 2, 2, 2))
-            words, squares = tree_words.first_words(tree_words.channels_of_trees(numbers, D // 16))
-            _store_words(slice_ptr, first_row, words, 0, 32, ORDER, FIELDS)
-            for index in tl.static_range(1, 4):
-                words, squares = tree_words.next_words(squares, TANGENTS, index)
-                _store_words(slice_ptr, first_row, words, index, 16 >> index, ORDER, FIELDS)
-            square = squares[0]
+            word, squares = tree_words.first_word(tree_words.channels_of_trees(numbers, D // 16))
+            at = (slice_ptr + FIELDS[0] + first_row * (D // 4)).to(tl.pointer_type(tl.int32))
+            tl.store(at + tl.arange(0, ROWS * D // 16), tree.to_memory(word, ORDER))
+            word, square = tree_words.next_word(squares, TANGENTS)
         TREES: tl.constexpr = D >> LEVELS
         radius = tl.sqrt(square)
         if DEEP:
@@ -102,29 +123,70 @@ def encode_trees(
             radius = tl.where(some, square / tl.where(some, products, 1.0), radius)
         radius *= inverse * SCALE
         half = radius.to(tl.float16)
-        rotate.refuse(flags_ptr + slice_index, half.to(tl.float32) <= rotate.FP16_MAX)
+        fine = half.to(tl.float32) <= rotate.FP16_MAX
         if FORM == "published":
             code = half.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         else:
             code = tree.log_codes(radius)
         BYTES: tl.constexpr = 2 if FORM == "published" else 1
         at = slice_ptr + FIELDS[LEVELS] + first_row * (TREES * BYTES)
-        streams.store_stream(at, tree.to_memory(code, "rows" if DEEP else ORDER), 8 * BYTES)
+        if DEEP:
+            rotate.refuse(flags_ptr + slice_index, fine)
+            streams.store_stream(at, tree.to_memory(code, "rows"), 8 * BYTES)
+        else:
+            # All that is left of a tree changes threads at once.
+            word = tree.to_memory(word | (code << 14) | tl.where(fine, 0, 1 << 30), ORDER)
+            codes = (word >> 14) & ((1 << (8 * BYTES)) - 1)
+            at = at.to(tl.pointer_type(tl.int16 if BYTES == 2 else tl.uint8))
+            tl.store(at + tl.arange(0, ROWS * TREES), codes.to(at.dtype.element_ty))
+            words = _four(word)
+            for index in tl.static_range(1, 4):
+                at = slice_ptr + FIELDS[index] + first_row * (TREES * (16 >> index)) // 8
+                _store_four(at, words, SHIFT=(0, 6, 2, 0)[index], BITS=16 >> index)
+            refused = (words[0] | words[1] | words[2] | words[3]) >= 1 << 30
+            flag = flags_ptr + slice_index + tl.zeros(refused.shape, tl.int32)
+            tl.store(flag, 1, mask=refused)
 
 
 @triton.jit
-def _store_words(
-    slice_ptr,
-    first_row,
-    words,
-    LEVEL: tl.constexpr,
-    BITS: tl.constexpr,
-    ORDER: tl.constexpr,
-    FIELDS: tl.constexpr,
+def _tiles(
+    x_ptr,
+    slots_ptr,
+    item,
+    stride_n,
+    stride_t,
+    stride_h,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    ITEMS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    """Stores the BITS bits that trees, int32 [ROWS, B], have in a level counted from 0."""
-    at = slice_ptr + FIELDS[LEVEL] + first_row * (words.shape[1] * BITS) // 8
-    streams.store_stream(at, tree.to_memory(words, ORDER), BITS)
+    """Loads an item's rows as tiles."""
+    slice_index = (item // ITEMS).to(tl.int64)
+    row, channel = fragments.tile_rows(ROWS, D)
+    row += item % ITEMS * ROWS
+    rows = rotate.head_rows(slots_ptr, slice_index, row, stride_n, stride_t, stride_h, T)
+    return tl.load(x_ptr + (rows + channel)[:, None] + tl.arange(0, 32)[None, :])
+
+
+@triton.jit
+def _four(numbers):
+    """Splits [N] into four of [N / 4], every fourth number each."""
+    even, odd = tl.split(tl.reshape(numbers, [numbers.shape[0] // 4, 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _store_four(at_ptr, words, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """Stores bits SHIFT to SHIFT + BITS of four neighbours, int32 [N] each, 4 BITS together."""
+    MASK: tl.constexpr = (1 << BITS) - 1
+    joined = (words[0] >> SHIFT) & MASK
+    for index in tl.static_range(1, 4):
+        joined |= ((words[index] >> SHIFT) & MASK) << (BITS * index)
+    dtype: tl.constexpr = tl.int32 if BITS == 8 else tl.int16 if BITS == 4 else tl.uint8
+    tl.store(at_ptr.to(tl.pointer_type(dtype)) + tl.arange(0, joined.shape[0]), joined.to(dtype))
 
 
 @triton.jit

@@ -2,14 +2,15 @@
 
 Math: kernels/polar/README.md, section 2. Reference: kernels/polar/recursive.py.
 
-A comparison is the sign of a difference, which one instruction shifts into a word of such signs,
-code by code; the words of all comparisons of a level then become its codes at once.
+A comparison is the sign of a difference, which one instruction shifts into a word of such signs.
+Each halves the angles that are left, mirrored where the one before was true: the signs of a code
+are its Gray code, and a few instructions turn the Gray codes of a word into codes at once.
 """
 
 import triton
 import triton.language as tl
 
-from polarcache.kernels.gpu.tree import ENTRIES, TAN_1, TAN_3
+from polarcache.kernels.gpu.tree import ENTRIES, TAN_1
 
 
 @triton.jit
@@ -37,71 +38,70 @@ def _split_all(parts, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _with_sign(word, number, BITS: tl.constexpr):
-    """Shifts a word left by BITS and puts the first bits of an fp32 number there."""
-    return (word << BITS) | (number.to(tl.uint32, bitcast=True) >> (32 - BITS))
+def _with_sign(word, number):
+    """Shifts a word left by one and puts the sign of an fp32 number there."""
+    return (word << 1) | (number.to(tl.uint32, bitcast=True) >> 31)
 
 
 @triton.jit
-def first_words(channels):
+def first_word(channels):
     """Codes level 1 of trees.
 
     Args:
         channels: sixteen of fp32 [M, B].
 
     Returns:
-        words: int32 [M, B], 4-bit codes floor(16 angle / 2 pi), the first one lowest.
+        word: int32 [M, B], 4-bit codes floor(16 angle / 2 pi), the first one lowest.
         squares: eight of fp32 [M, B], squares of radii.
     """
     squares = ()
     for index in tl.static_range(8):
         x, y = channels[index], channels[8 + index]
         squares += (x * x + y * y,)
-    # Whatever is in the words at first is shifted out.
-    backwards = channels[0].to(tl.uint32, bitcast=True)
-    below, upper, odd_lower, odd_upper = backwards, backwards, backwards, backwards
+    # Whatever is in the word at first is shifted out.
+    word = channels[0].to(tl.uint32, bitcast=True)
     for back in tl.static_range(8):
         x, y = channels[7 - back], channels[15 - back]
-        width, height = tl.abs(x), tl.abs(y)
-        upper = _with_sign(upper, width - height, 4)
-        odd_lower = _with_sign(odd_lower, tl.fma(width, TAN_1, -height), 4)
-        odd_upper = _with_sign(odd_upper, tl.fma(width, TAN_3, -height), 4)
-        backwards = _with_sign(backwards, x, 4)
-        below = _with_sign(below, y, 4)
-    # Quadrants 1 and 3 count backwards.
-    backwards = backwards ^ below
-    odd = (upper & odd_upper) | ((upper ^ 0xFFFFFFFF) & odd_lower)
-    words = (below & 0x88888888) | ((backwards & 0x88888888) >> 1)
-    words |= ((upper ^ backwards) & 0x88888888) >> 2
-    words |= ((odd ^ backwards) & 0x88888888) >> 3
-    return words.to(tl.int32, bitcast=True), squares
+        difference = tl.abs(x) - tl.abs(y)
+        word = _with_sign(_with_sign(word, y), x)
+        word = _with_sign(word, difference)
+        # Next to the diagonal of the quadrant.
+        word = _with_sign(word, tl.abs(difference) - (tl.abs(x) + tl.abs(y)) * TAN_1)
+    word ^= (word >> 1) & 0x77777777
+    word ^= (word >> 2) & 0x33333333
+    return word.to(tl.int32, bitcast=True), squares
 
 
 @triton.jit
-def next_words(squares, BOUNDS: tl.constexpr, LEVEL: tl.constexpr):
-    """Codes a level of 2-bit codes above the first.
+def next_word(squares, BOUNDS: tl.constexpr):
+    """Codes levels 2 to 4 of trees, whose codes lie symmetrically about pi / 4.
 
     Args:
-        squares: squares of radii, 16 >> LEVEL of fp32 [M, B].
+        squares: squares of radii, eight of fp32 [M, B].
         BOUNDS: squared tangents of the angles between codes, ENTRIES for each level.
-        LEVEL: 1 for the second level.
 
     Returns:
-        words: int32 [M, B], 2-bit codes, the first one lowest.
-        squares: half as many.
+        word: int32 [M, B], 2-bit codes: level 4 at bit 0, level 3 from bit 2 and level 2 from bit
+            6 on, the first code of a level lowest.
+        square: fp32 [M, B], squares of the radii of trees.
     """
-    NODES: tl.constexpr = 8 >> LEVEL
+    word = tl.zeros(squares[0].shape, tl.uint32)
+    for level in tl.static_range(1, 4):
+        word, squares = _level_signs(word, squares, BOUNDS[ENTRIES * level], 8 >> level)
+    word ^= (word >> 1) & 0x1555
+    return word.to(tl.int32, bitcast=True), squares[0]
+
+
+@triton.jit
+def _level_signs(word, squares, BOUND: tl.constexpr, NODES: tl.constexpr):
+    """Shifts signs of NODES nodes into a word; returns it and the sums of their squares."""
+    # |first - second| / (first + second) at the first bound and at the last.
+    SHARE: tl.constexpr = (1 - BOUND) / (1 + BOUND)
     sums = ()
     for index in tl.static_range(NODES):
         sums += (squares[index] + squares[NODES + index],)
-    low = squares[0].to(tl.uint32, bitcast=True)
-    middle, high = low, low
     for back in tl.static_range(NODES):
-        first, second = squares[NODES - 1 - back], squares[2 * NODES - 1 - back]
-        low = _with_sign(low, tl.fma(first, BOUNDS[ENTRIES * LEVEL], -second), 2)
-        middle = _with_sign(middle, tl.fma(first, BOUNDS[ENTRIES * LEVEL + 1], -second), 2)
-        high = _with_sign(high, tl.fma(first, BOUNDS[ENTRIES * LEVEL + 2], -second), 2)
-    odd = (middle & high) | ((middle ^ 0xFFFFFFFF) & low)
-    FIRST_BITS: tl.constexpr = 0xAA & ((1 << (2 * NODES)) - 1)
-    words = (middle & FIRST_BITS) | ((odd & FIRST_BITS) >> 1)
-    return words.to(tl.int32, bitcast=True), sums
+        difference = squares[NODES - 1 - back] - squares[2 * NODES - 1 - back]
+        word = _with_sign(word, difference)
+        word = _with_sign(word, tl.abs(difference) - sums[NODES - 1 - back] * SHARE)
+    return word, sums

@@ -37,6 +37,7 @@ POINTERS = {
     "radii_ptr": "*fp32",
     "counts_ptr": "*i32",
     "table_ptr": "*i32",
+    "pairs_ptr": "*i64",
 }
 
 
