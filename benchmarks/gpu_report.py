@@ -17,6 +17,16 @@ def median_us(run: Callable[[], object], warmup_ms: int, rep_ms: int) -> float:
     return float(do_bench(run, warmup=warmup_ms, rep=rep_ms, return_mode="median")) * 1e3
 
 
+def graphed(run: Callable[[], object]) -> Callable[[], None]:
+    """Returns what replays the launches of a call from a CUDA graph, without the host's time."""
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 def copy_rate(source: Tensor, warmup_ms: int, rep_ms: int) -> float:
     """Returns bytes read and written per microsecond by copies of `source` on its device."""
     target = torch.empty_like(source)

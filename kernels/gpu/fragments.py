@@ -8,22 +8,13 @@ threads that they are in. Triton finds that out from the shape of the accesses: 
 channels, whose rows lie as `tile_rows` says.
 """
 
-import numpy as np
-import numpy.typing as npt
 import triton
 import triton.language as tl
 
 
-def channels(head_dim: int) -> npt.NDArray[np.int64]:
-    """Returns the channel of each column, int64 [head_dim], a multiple of 32."""
-    column = np.arange(head_dim)
-    run = column // 8 % 4 * 2 + column % 2
-    return column // 32 * 32 + column // 2 % 4 * 8 + run
-
-
 @triton.jit
 def column_channels(D: tl.constexpr):
-    """The same on the device: int32 [D]."""
+    """Returns the channel of each column, int32 [D], D a multiple of 32; tables.column_channels."""
     column = tl.arange(0, D)
     run = column // 8 % 4 * 2 + column % 2
     return column // 32 * 32 + column // 2 % 4 * 8 + run

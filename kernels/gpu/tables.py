@@ -8,7 +8,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from polarcache.kernels.gpu.fragments import channels
 from polarcache.kernels.gpu.tree import ENTRIES
 from polarcache.kernels.layout import BlockShape
 from polarcache.kernels.options import Polar, Recursive
@@ -120,13 +119,20 @@ def _tree_rotation(codec: Recursive, head_dim: int) -> _Floats:
     return rotated.numpy().astype(np.float64)
 
 
+def column_channels(head_dim: int) -> npt.NDArray[np.int64]:
+    """Returns the channel of each column that fragments.py has, int64 [head_dim]."""
+    column = np.arange(head_dim)
+    run = column // 8 % 4 * 2 + column % 2
+    return column // 32 * 32 + column // 2 % 4 * 8 + run
+
+
 @lru_cache(maxsize=64)
 def tree_encoder_tables(
     codec: Recursive, head_dim: int, order: str, centred: bool, device: torch.device
 ) -> tuple[Tensor, ...]:
     """Returns parts of the rotation, fp16 [2, D, D], and cosines of all levels, fp32 [levels, 16].
 
-    Rows are channels in the order of fragments.channels, of centred keys in order; columns are
+    Rows are channels in the order of column_channels, of centred keys in order; columns are
     rotated channels in the order of the kernel.
 
     Args:
@@ -142,7 +148,7 @@ def tree_encoder_tables(
     column = column - place + _block_at(place, blocks, order)
     matrix = np.ascontiguousarray(_tree_rotation(codec, head_dim)[column].T)
     if not centred:
-        matrix = matrix[channels(head_dim)]
+        matrix = matrix[column_channels(head_dim)]
     return _parts(matrix, device), level_cosines(codec, head_dim).to(device)
 
 
@@ -153,7 +159,7 @@ def tree_decoder_tables(
     """Returns parts of the rotation and the rotation, fp16 [3, D, D], and angles of all levels.
 
     Rows are rotated channels in the order of the kernel, tree by tree, bits of their places
-    reversed; columns are channels in that of fragments.channels. Angles are int32 [3, levels, 16]:
+    reversed; columns are channels in that of column_channels. Angles are int32 [3, levels, 16]:
     cosine and sine as fp32, then both as fp16. Last come those of code % 4 and code // 4 of the
     first four levels, int64 [4, 16].
     """
@@ -165,7 +171,7 @@ def tree_decoder_tables(
     place = row % 16
     channel = sum(((place >> bit) & 1) << (3 - bit) for bit in range(4))
     matrix = _tree_rotation(codec, head_dim)[channel * blocks + _block_at(row // 16, blocks, order)]
-    matrix = matrix[:, channels(head_dim)]
+    matrix = matrix[:, column_channels(head_dim)]
     plain = torch.from_numpy(matrix.astype(np.float16))[None].to(device)
     cosines = level_cosines(codec, head_dim)
     sines = (1 - cosines.double().square()).sqrt().float()

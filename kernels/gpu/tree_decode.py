@@ -49,7 +49,7 @@ def decode_trees(
 
     Grid: any number of programs.
     Reads: packed uint8 [N, slice_bytes], fields as encode_trees writes them. matrix fp16
-    [3, D, D], rows in the order of `_rows`, columns in that of fragments.channels: high and low
+    [3, D, D], rows in the order of `_rows`, columns in that of column_channels: high and low
     part of the rotation over SCALE, then the rotation. table int32 [3, levels, ENTRIES]: of the
     angles of codes. pairs int64 [4, ENTRIES]: of two of 4-2-2-2 bits.
     Writes: out fp16, bf16 or fp32 as encode_trees reads x, every element once; fp16 saturates.
@@ -78,18 +78,15 @@ def decode_trees(
         first_row = item % ITEMS * ROWS
         slice_ptr = packed_ptr + slice_index * stride_packed_n
         if AHEAD:
+            x = tree_lookup.channels(codes, angles, pairs)
             # The last item is loaded once more.
             item = tl.program_id(0) + tl.minimum(turn + 1, turns - 1) * tl.num_programs(0)
-            ahead = tree_lookup.load_codes(
+            codes = tree_lookup.load_codes(
                 packed_ptr, item, stride_packed_n, D, ITEMS, ROWS, FORM, FIELDS
             )
-            x = tree_lookup.channels(codes, angles, pairs)
-            codes = ahead
         else:
             halves = apart(
-                _radii(
-                    slice_ptr, first_row, table_ptr, D, ROWS, BITS, FORM, ORDER, FIELDS, WIDE
-                ),
+                _radii(slice_ptr, first_row, table_ptr, D, ROWS, BITS, FORM, ORDER, FIELDS, WIDE),
                 4,
             )
             for back in tl.static_range(4):

@@ -1,13 +1,16 @@
 """The kernel that encodes the recursive codec with the analytic codebook.
 
 Programs go from item to item: an item is ROWS rows, head by head and token by token, of one slice,
-for centred keys all tokens of one head. The matrix is loaded once a program.
+for centred keys all tokens of one head. The matrix is loaded once a program. Rows go from memory to
+the tensor cores, and trees with 4-2-2-2 bits of keys back, without changing threads; warps wait for
+no others, so that some multiply while others code.
 """
 
 import triton
 import triton.language as tl
 
 from polarcache.kernels.gpu import centre, fragments, rotate, streams, tree, tree_words
+from polarcache.kernels.gpu.words import INTERPRETED
 
 
 @triton.jit
@@ -42,7 +45,8 @@ def encode_trees(
     Grid: any number of programs.
     Reads: x fp16, bf16 or fp32 [N, T, H, D], last dim contiguous; or, where slots_ptr int64 [N, T]
     names the rows, [rows, H, D]. matrix fp16 [2, D, D]: high and low part of the rotation over
-    SCALE, columns in the order of the trees. cosines fp32 [levels, 16], angles of each level.
+    SCALE, rows in the order of column_channels, of centred keys in order; columns in that of
+    the trees. cosines fp32 [levels, 16], angles of each level.
     Writes: out uint8 [N, slice_bytes] at bytes FIELDS: levels, radii and, of centred keys, means
     and scales, every byte once; flags int32 [N], 1 where a radius or mean does not fit fp16.
     Reference: kernels/polar/recursive.py.
@@ -68,13 +72,13 @@ def encode_trees(
             row = first_row + tl.arange(0, ROWS)
             rows = rotate.head_rows(slots_ptr, slice_index, row, stride_n, stride_t, stride_h, T)
             x = tl.load(x_ptr + rows[:, None] + channel[None, :])
+        elif AHEAD:
+            x = fragments.to_columns(ahead, ROWS, D)
+            # The last item is loaded once more.
+            item = tl.program_id(0) + tl.minimum(turn + 1, turns - 1) * tl.num_programs(0)
+            _fetch(x_ptr, slots_ptr, item, stride_n, stride_t, stride_h, T, D, ITEMS, ROWS)
         else:
-            if AHEAD:
-                x = ahead
-            else:
-                x = _tiles(
-                    x_ptr, slots_ptr, item, stride_n, stride_t, stride_h, T, D, ITEMS, ROWS
-                )
+            x = _tiles(x_ptr, slots_ptr, item, stride_n, stride_t, stride_h, T, D, ITEMS, ROWS)
             x = fragments.to_columns(x, ROWS, D)
         slice_ptr = out_ptr + slice_index * stride_out_n
         if CENTRED:
@@ -89,11 +93,8 @@ def encode_trees(
         x_high, x_low, inverse = rotate.split_rows(x)
         numbers = rotate.product(x_high, x_low, high, low, x.dtype == tl.float32, 2)
         if AHEAD:
-            # The last item is loaded once more.
-            item = tl.program_id(0) + tl.minimum(turn + 1, turns - 1) * tl.num_programs(0)
-            ahead = _tiles(
-                x_ptr, slots_ptr, item, stride_n, stride_t, stride_h, T, D, ITEMS, ROWS
-            )
+            # Registers of the rows are free after the product.
+            ahead = _tiles(x_ptr, slots_ptr, item, stride_n, stride_t, stride_h, T, D, ITEMS, ROWS)
         if DEEP:
             first, second = rotate.halves(numbers)
             codes, products = tree.first_codes(first, second, True)
@@ -167,6 +168,36 @@ def _tiles(
     row += item % ITEMS * ROWS
     rows = rotate.head_rows(slots_ptr, slice_index, row, stride_n, stride_t, stride_h, T)
     return tl.load(x_ptr + (rows + channel)[:, None] + tl.arange(0, 32)[None, :])
+
+
+@triton.jit
+def _fetch(
+    x_ptr,
+    slots_ptr,
+    item,
+    stride_n,
+    stride_t,
+    stride_h,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    ITEMS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Brings an item's rows of two bytes a number into the second-level cache."""
+    if not INTERPRETED:
+        LINES: tl.constexpr = (D + 63) // 64
+        index = tl.arange(0, ROWS * LINES)
+        row = index // LINES + item % ITEMS * ROWS
+        slice_index = (item // ITEMS).to(tl.int64)
+        rows = rotate.head_rows(slots_ptr, slice_index, row, stride_n, stride_t, stride_h, T)
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+            "=r,l",
+            [x_ptr + rows + index % LINES * 64],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
