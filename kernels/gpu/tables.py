@@ -165,7 +165,8 @@ def tree_decoder_tables(
     """
     blocks = head_dim // 16
     row = np.arange(head_dim)
-    if order == "key":
+    if order != "rows":
+        order = "key"  # values have trees of the same blocks in a lane
         lane, number = row // 2 % 4, row // 16 * 4 + row // 8 % 2 * 2 + row % 2
         row = lane * (head_dim // 4) + number
     place = row % 16

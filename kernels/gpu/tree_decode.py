@@ -70,7 +70,7 @@ def decode_trees(
         angles = rotate.load_table(table_ptr + _BOTH * LEVELS * ENTRIES, ENTRIES)
         pairs = rotate.load_table(pairs_ptr, 4 * ENTRIES)
         codes = tree_lookup.load_codes(
-            packed_ptr, tl.program_id(0), stride_packed_n, D, ITEMS, ROWS, FORM, FIELDS
+            packed_ptr, tl.program_id(0), stride_packed_n, D, ITEMS, ROWS, FORM, ORDER, FIELDS
         )
     for turn in tl.range(0, turns, num_stages=STAGES):
         item = tl.program_id(0) + turn * tl.num_programs(0)
@@ -82,7 +82,7 @@ def decode_trees(
             # The last item is loaded once more.
             item = tl.program_id(0) + tl.minimum(turn + 1, turns - 1) * tl.num_programs(0)
             codes = tree_lookup.load_codes(
-                packed_ptr, item, stride_packed_n, D, ITEMS, ROWS, FORM, FIELDS
+                packed_ptr, item, stride_packed_n, D, ITEMS, ROWS, FORM, ORDER, FIELDS
             )
         else:
             halves = apart(
@@ -95,6 +95,8 @@ def decode_trees(
                     D, ROWS, LEVELS, 3 - back, BITS[3 - back], WIDE,
                 )  # fmt: skip
             x = joined(halves, 64)
+            if ORDER == "value":
+                x = tl.permute(tl.reshape(x, [ROWS // 8, 4, 4, 64]), (0, 2, 1, 3))
         x = _rows(x, ROWS, D, ORDER)
         if WIDE:
             x_high, x_low, inverse = rotate.split_rows(x)
@@ -109,7 +111,7 @@ def decode_trees(
             numbers += rotate.spread_columns(centre.load_mean(at, channel < D, scale))
         numbers = fragments.to_tiles(_rounded(numbers, out_ptr.dtype.element_ty), ROWS, D)
         row, channel = fragments.tile_rows(ROWS, D)
-        row += first_row
+        row = first_row + _token(row, ORDER)
         rows = rotate.head_rows(slots_ptr, slice_index, row, stride_n, stride_t, stride_h, T)
         tl.store(out_ptr + (rows + channel)[:, None] + tl.arange(0, 32)[None, :], numbers)
 
@@ -281,17 +283,28 @@ def _higher_halves(
 
 @triton.jit
 def _rows(x, M: tl.constexpr, D: tl.constexpr, ORDER: tl.constexpr):
-    """Orders channels of trees in the order of memory, [M D], as rows [M, D].
+    """Orders channels of trees in the order of tree_lookup.by_lane, [M D], as rows [M, D].
 
-    Trees follow each other as columns of tree.to_memory; of a tree, channel i stands at the place
-    whose four bits are i's in reverse. Of keys, lane 4 g + c holds trees of rows g and g + 8: they
-    stay there, as columns 16 j + 8 f + 2 c + e.
+    Of a tree, channel i stands at the place whose four bits are i's in reverse. Of keys, lane
+    4 g + c holds trees of rows g and g + 8: they stay there, as columns 16 j + 8 f + 2 c + e. Of
+    values, lanes 16 apart exchange half of what they hold; rows then follow `_token`. Else trees
+    follow each other.
     """
     B: tl.constexpr = D // 16
     if ORDER == "key":
         x = tl.reshape(x, [M // 16, 8, 4, B // 4, 2, 4, 2, 2])
         x = tl.permute(x, (0, 4, 1, 3, 5, 6, 2, 7))
     elif ORDER == "value":
-        x = tl.reshape(x, [M // 16, 8, 4, B // 8, 2, 2, 16])
-        x = tl.permute(x, (0, 4, 2, 5, 3, 1, 6))
+        tl.static_assert(B == 8)
+        x = tl.reshape(x, [M // 16, 2, 4, 4, 2, 2, 4, 2, 2])
+        x = tl.permute(x, (0, 4, 5, 2, 1, 6, 7, 3, 8))
     return tl.reshape(x, [M, D])
+
+
+@triton.jit
+def _token(row, ORDER: tl.constexpr):
+    """Returns the token of rows of a product, int32 of any shape."""
+    if ORDER == "value":
+        return row // 8 * 8 + row % 4 * 2 + row // 4 % 2
+    else:
+        return row

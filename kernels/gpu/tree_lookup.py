@@ -25,18 +25,21 @@ def load_codes(
     ITEMS: tl.constexpr,
     ROWS: tl.constexpr,
     FORM: tl.constexpr,
+    ORDER: tl.constexpr,
     FIELDS: tl.constexpr,
 ):
     """Loads an item.
 
     Returns:
-        level 1, int32 [L], a word a tree, trees in the order of memory; level 2, int32 [L / 4],
+        level 1, int32 [L], a word a tree, trees in the order of `by_lane`; level 2, int32 [L / 4],
         level 3, int16, and level 4, uint8, of four trees each; radii, fp16 or uint8 [L].
     """
     slice_ptr = packed_ptr + (item // ITEMS).to(tl.int64) * stride_packed_n
     first_row = item % ITEMS * ROWS
     TREES: tl.constexpr = D // 16
-    tree_index, index = tl.arange(0, ROWS * TREES), tl.arange(0, ROWS * TREES // 4)
+    index = by_lane(tl.arange(0, ROWS * TREES // 4), ORDER)
+    tree_index = tl.arange(0, ROWS * TREES)
+    tree_index = by_lane(tree_index // 4, ORDER) * 4 + tree_index % 4
     at = slice_ptr + FIELDS[0] + first_row * (TREES * 4)
     level_1 = tl.load(at.to(tl.pointer_type(tl.int32)) + tree_index)
     at = slice_ptr + FIELDS[1] + first_row * TREES
@@ -53,8 +56,21 @@ def load_codes(
 
 
 @triton.jit
+def by_lane(index, ORDER: tl.constexpr):
+    """Returns which four trees of memory, int32 of any shape, each lane holds.
+
+    Of values, lane 16 a + 4 c + b of a warp holds block 4 a + b of tokens 2 c, 2 c + 1, 2 c + 8 and
+    2 c + 9, what lies at 16 a + 4 b + c.
+    """
+    if ORDER == "value":
+        return index // 16 * 16 + index % 4 * 4 + index // 4 % 4
+    else:
+        return index
+
+
+@triton.jit
 def channels(codes, angles, pairs):
-    """Returns channels of trees in the order of memory, fp16 [16 L].
+    """Returns channels of trees, fp16 [16 L].
 
     Of a tree, channel i stands at the place whose four bits are i's in reverse: halves of a node
     stand side by side, and code k of a level is that of the node whose bits are k's in reverse.
