@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -72,6 +72,14 @@ class Raw:
     def gauges(self) -> dict[str, int]:
         gauges = self.service.gauges()
         return {name: gauges[name] for name in WATCHED}
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: Any, start_store: Any) -> Iterator[Any]:
+    """Of these tests alone: leases of others that expire meanwhile would change the gauges."""
+    running = start_store(tmp_path_factory.mktemp("refusals"), "--memory", "128MiB")
+    yield running
+    assert running.stop() == 0, running.log_path.read_text()
 
 
 @pytest.fixture
