@@ -2,7 +2,7 @@
 
 One rule chooses it: an NVIDIA GPU of compute capability 9.x, pair keys of 6 or 8 bits in groups of
 128 tokens, int4 values with one range a row, heads of 64 or 128 channels, no window. Source:
-cuda/decode.cu; reasons: README.md.
+cuda/decode.cu, and cuda/wide.cu where many query columns see one KV head; reasons: README.md.
 """
 
 from __future__ import annotations
@@ -29,12 +29,10 @@ __all__ = ["FastDecode", "PreparedDecode"]
 
 _GROUP_TOKENS = 128
 _LOG2_E = math.log2(math.e)
+# Pieces of a column that different blocks finish (shape.cuh).
+_MOST_PIECES = 4
 _QUERY_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
-# A block's fixed cost in groups of 128 tokens (measured: 6 us of 0.55 us a group, H200), and the
-# groups that take a block as long as one: its warps work on one each.
-_BLOCK_COST = 10
-_LEAST_GROUPS = 8
 
 
 # Where the fields' places are in the kernel's arguments.
@@ -55,13 +53,20 @@ class _Block:
         tiles: tiles of 8 columns of the tensor cores.
         spread: 2 where columns stand at even places only, which halves the softmax; else 1.
         warps: warps of the block.
-        slots: ring slots of a warp.
+        slots: ring slots of a warp, or of a team of them.
+        source: file of the kernel.
+        least_groups: groups of 128 tokens that take a block as long as one, since its warps or teams
+            work on one each.
+        cost: a block's fixed cost in groups (decode.cu, measured on an H200: 6 us of 0.55 us a group).
     """
 
     tiles: int
     spread: int
     warps: int
     slots: int
+    source: str = "decode.cu"
+    least_groups: int = 8
+    cost: int = 10
 
     @property
     def columns(self) -> int:
@@ -70,6 +75,8 @@ class _Block:
 
 
 _BLOCKS = (_Block(1, 2, 16, 2), _Block(1, 1, 16, 2), _Block(2, 1, 8, 4))
+# For more columns than those have, where heads have 128 channels.
+_WIDE = _Block(8, 1, 16, 3, source="wide.cu", least_groups=2, cost=6)
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +200,7 @@ class FastDecode:
         column_tiles, block = self._columns(batch.max_rows)
         kernel = Kernel.of(
             device,
+            block.source,
             (
                 *self._defines,
                 ("QUERY", _QUERY_KINDS[query.dtype]),
@@ -202,7 +210,7 @@ class FastDecode:
                 ("SLOTS", block.slots),
             ),
         )
-        plan = self._plan(batch, column_tiles, device)
+        plan = self._plan(batch, column_tiles, block, device)
         needed = plan.blocks * self._partial_bytes(block) if plan.splits != 1 else 0
         if needed and (
             workspace is None or len(workspace) < needed or workspace.device != query.device
@@ -225,16 +233,17 @@ class FastDecode:
         return PreparedDecode(kernel.bind(plan.blocks, arguments), fields)
 
     def _partial_bytes(self, block: _Block) -> int:
-        """Returns the bytes that a block hands over: sums and two numbers a column, marked."""
-        return block.columns * (self._shape.v_head_dim + 2) * 8
+        """Returns the bytes that a block hands over: sums and two numbers a piece, marked."""
+        return block.columns * (self._shape.v_head_dim + 2 * _MOST_PIECES) * 8
 
     def _columns(self, max_rows: int) -> tuple[int, _Block]:
         """Returns how many blocks share a KV head's query columns, and how each takes its own."""
         columns = max_rows * self._query_heads // self._shape.kv_heads
-        block = next((block for block in _BLOCKS if columns <= block.columns), _BLOCKS[-1])
+        last = _WIDE if self._shape.head_dim == self._shape.v_head_dim == 128 else _BLOCKS[-1]
+        block = next((block for block in _BLOCKS if columns <= block.columns), last)
         return -(-columns // block.columns), block
 
-    def _plan(self, batch: PrefixBatch, column_tiles: int, device: int) -> _Plan:
+    def _plan(self, batch: PrefixBatch, column_tiles: int, block: _Block, device: int) -> _Plan:
         """Shares the device out: as many blocks for every part, or by length."""
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         parts = batch.num_sequences * self._shape.kv_heads * column_tiles
@@ -244,16 +253,19 @@ class FastDecode:
             tokens = max(known)
             if tokens * len(known) > EVEN * sum(known):
                 return _Plan(self._dealt_blocks(batch.num_sequences, column_tiles, processors), 0)
-        return self._even_plan(max(1, -(-tokens // _GROUP_TOKENS)), parts, processors)
+        return self._even_plan(max(1, -(-tokens // _GROUP_TOKENS)), parts, processors, block)
 
     @staticmethod
-    def _even_plan(groups: int, parts: int, processors: int) -> _Plan:
-        """Returns the splits of parts of equal length that take the least time, in whole waves."""
+    def _even_plan(groups: int, parts: int, processors: int, block: _Block) -> _Plan:
+        """Returns the splits of parts of equal length that take the least time, in whole waves.
+
+        Blocks of a part wait for each other, so that they never are more than the multiprocessors.
+        """
         best = (math.inf, 1)
         for waves in range(1, 5):
-            splits = min(max(1, waves * processors // parts), groups)
+            splits = min(max(1, waves * processors // parts), groups, processors)
             run = -(-parts * splits // processors)
-            cost = run * (max(-(-groups // splits), _LEAST_GROUPS) + _BLOCK_COST)
+            cost = run * (max(-(-groups // splits), block.least_groups) + block.cost)
             best = min(best, (cost, splits))
         return _Plan(parts * best[1], best[1])
 
@@ -261,4 +273,8 @@ class FastDecode:
         """Returns blocks for unequal lengths: one a part, and some to split long sequences."""
         parts = self._shape.kv_heads * column_tiles
         spare = processors // parts
-        return parts * (spare if spare >= 2 * num_sequences else num_sequences + max(1, spare))
+        # The longest gets what all others leave, one each: never more than the multiprocessors.
+        most = num_sequences - 1 + processors
+        return parts * (
+            spare if spare >= 2 * num_sequences else min(num_sequences + max(1, spare), most)
+        )

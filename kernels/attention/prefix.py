@@ -75,9 +75,8 @@ class PrefixAttention:
             return 0
         num_bytes = self._portable_form().workspace_bytes(num_queries, num_sequences, max_pages)
         if self._fast is not None:
-            fast = self._fast.workspace_bytes(
-                num_sequences, max(1, num_queries), _most_processors()
-            )
+            rows = num_queries if max_rows is None else max_rows
+            fast = self._fast.workspace_bytes(num_sequences, max(1, rows), _most_processors())
             num_bytes = max(num_bytes, fast)
         return num_bytes
 

@@ -10,26 +10,8 @@
 // places of a tile, 1: at all), WARPS, SLOTS, SLOT_TILES.
 #include "exact.cuh"
 #include "merge.cuh"
-
-__device__ __forceinline__ float query_element(const void* query, size_t index) {
-#if QUERY == 2
-  return __ldg(static_cast<const float*>(query) + index);
-#else
-  const uint32_t x = __ldg(static_cast<const unsigned short*>(query) + index);
-  return QUERY == 1 ? __uint_as_float(x << 16) : low_half(x);
-#endif
-}
-
-// Channels of pair p of a head.
-__device__ __forceinline__ int2 channels_of(int p) {
-#if INTERLEAVED
-  return make_int2(2 * p, 2 * p + 1);
-#else
-  if (p < ROTARY / 2) return make_int2(p, p + ROTARY / 2);
-  const int i = p - ROTARY / 2;
-  return make_int2(ROTARY + i, ROTARY + i + (HEAD_DIM - ROTARY) / 2);
-#endif
-}
+#include "query.cuh"
+#include "streams.cuh"
 
 // Dynamic shared memory of a launch, for whoever launches.
 extern "C" __device__ const int shared_bytes = kShared;
@@ -166,7 +148,10 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
 #if ARCS
       write(place, make_float2(qx[j], qy[j]));
 #else
-      write(place, pack_half2(qx[j], qy[j]));
+      const uint32_t rounded = pack_half2(qx[j], qy[j]);
+      write(place, rounded);
+      if constexpr (kSplitQuery)
+        write(place + kQueryPart, pack_half2(qx[j] - low_half(rounded), qy[j] - high_half(rounded)));
 #endif
     }
   }
@@ -330,8 +315,14 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
               mul_low(first, entry(index, step, 0)), mul_low(second, entry(index, step, 1)),
               mul_high(first, entry(index, step, 2)), mul_high(second, entry(index, step, 3))};
 #pragma unroll
-          for (int n = 0; n < COLUMN_TILES; n++)
+          for (int n = 0; n < COLUMN_TILES; n++) {
             mma(s[n], a, q[n][2 * step], q[n][2 * step + 1], step ? s[n] : start[n]);
+            if constexpr (kSplitQuery) {
+              const uint2 rest = read<uint2>(shared + kQueryAt + kQueryPart +
+                                             8 * ((n * kSteps + step) * 32 + lane));
+              mma(s[n], a, rest.x, rest.y, s[n]);
+            }
+          }
         }
         if ((tile + 1) % SLOT_TILES == 0) {
           __syncwarp();
@@ -446,5 +437,5 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
       }
     }
   __syncthreads();
-  merge(shared, work, columns, row_of, out, lse, partial, mark);
+  merge<WARPS>(shared, shared + kStaging, states, work, columns, row_of, out, lse, partial, mark);
 }

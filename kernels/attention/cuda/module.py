@@ -18,12 +18,12 @@ __all__ = ["BoundKernel", "Kernel"]
 _P, _L, _I, _F = ctypes.c_void_p, ctypes.c_longlong, ctypes.c_int, ctypes.c_float
 _TYPES = (_P,) * 8 + (_L,) * 5 + (_I,) * 6 + (_F,) * 2 + (ctypes.c_uint,)
 _lock = threading.Lock()
-_kernels: dict[tuple[int, tuple[tuple[str, int], ...]], Kernel] = {}
+_kernels: dict[tuple[int, str, tuple[tuple[str, int], ...]], Kernel] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """`attend` of decode.cu with some macros, on one device.
+    """`attend` of a source with some macros, on one device.
 
     Attributes:
         function: the driver's handle.
@@ -36,32 +36,35 @@ class Kernel:
     shared_bytes: int
 
     @classmethod
-    def of(cls, device: int, defines: tuple[tuple[str, int], ...]) -> Kernel:
+    def of(cls, device: int, source: str, defines: tuple[tuple[str, int], ...]) -> Kernel:
         """Returns the kernel, compiled at its first use.
 
         Args:
             device: index of the CUDA device.
+            source: file of the kernel, in this folder.
             defines: macros of the source and their values.
 
         Raises:
             CompileError: the source does not compile.
             RuntimeError: the driver refuses it.
         """
-        found = _kernels.get((device, defines))
+        key = (device, source, defines)
+        found = _kernels.get(key)
         if found is None:
             with _lock:
-                found = _kernels.get((device, defines))
+                found = _kernels.get(key)
                 if found is None:
-                    found = _kernels[device, defines] = cls._load(device, defines)
+                    found = _kernels[key] = cls._load(device, source, defines)
         return found
 
     @classmethod
-    def _load(cls, device: int, defines: tuple[tuple[str, int], ...]) -> Kernel:
+    def _load(cls, device: int, source: str, defines: tuple[tuple[str, int], ...]) -> Kernel:
         with torch.cuda.device(device):
             torch.zeros(1, device=f"cuda:{device}")  # makes the device's context current
             major, minor = torch.cuda.get_device_capability(device)
             macros = dict(defines)
-            binary = compile_source("decode.cu", macros, f"sm_{major}{minor}")
+            # With the features of the one architecture, which warpgroup products need.
+            binary = compile_source(source, macros, f"sm_{major}{minor}a")
             module = _checked(driver.cuModuleLoadData(binary))
             function = _checked(driver.cuModuleGetFunction(module, b"attend"))
             # The source adds up its shared memory and leaves the sum where it can be read.

@@ -1,4 +1,4 @@
-// Sizes, all known when the source is compiled, and where things lie in shared memory.
+// Sizes that both kernels share, all known when the source is compiled.
 #pragma once
 #include "ptx.cuh"
 
@@ -13,41 +13,20 @@ constexpr int kColumns = 8 * COLUMN_TILES / SPREAD;   // query columns of a thre
 constexpr int kThreads = 32 * WARPS;
 constexpr int kKeyTile = kWords * 128 / kUnitTiles;   // bytes
 constexpr int kValueTile = kRows * 128;
-constexpr int kSlot = SLOT_TILES * (kKeyTile + kValueTile);
 constexpr int kPairs = HEAD_DIM / 2;
 constexpr int kKeyHead = ARCS ? 6 * kPairs : 8 * kPairs;  // parameters of one head and group
 // What `derive` makes of them, after the radii. Rows of turns are padded: a quad's loads meet in no bank.
 constexpr int kClassesAt = 2 * kPairs, kTurnsAt = 4 * kPairs, kTurnsRow = 16 * kSteps + 16;
 constexpr int kDerived = ARCS ? kTurnsAt + 4 * kTurnsRow : 6 * kPairs;
 constexpr int kValueHead = 4 * kGroup;
-// Bytes of the phase table: one a warp of 2^ANGLE_BITS entries a pair, or one for all warps.
-constexpr int kPairTable = 4 << ANGLE_BITS;
-constexpr int kTable = ARCS ? 65536 : WARPS * kPairs * kPairTable;
-constexpr int kStagingRow = V_HEAD_DIM + 4;  // floats; the pad spreads a warp over all banks
-constexpr int kStaging = WARPS * kColumns * kStagingRow * 4;
+constexpr int kPairTable = 4 << ANGLE_BITS;  // bytes of a pair's phase table
 constexpr int kMerged = kColumns * (V_HEAD_DIM + 2) * 4;  // a block's sums, maxima and totals
-constexpr int kRing = WARPS * SLOTS * kSlot;
-// Queries [column tile, step, lane, e]: (x, y) of pair 8 step + 4e + t, fp16, or fp32 where arcs turn them.
-constexpr int kQueryEntry = ARCS ? 8 : 4;
-constexpr int kQueryBytes = COLUMN_TILES * kSteps * 2 * 32 * kQueryEntry;
-constexpr int kStream = kTable + kRing, kEnd = kStaging + kMerged;
-constexpr int kStreams = kStream > kEnd ? kStream : kEnd;
+constexpr int kStagingRow = V_HEAD_DIM + 4;  // floats; the pad spreads a warp over all banks
 
-// Offsets in shared memory.
-constexpr int kRingAt = kTable;
-constexpr int kKeyHeadAt = kStreams;
-constexpr int kDerivedAt = kKeyHeadAt + WARPS * kKeyHead;
-constexpr int kValueHeadAt = kDerivedAt + WARPS * kDerived;
-constexpr int kQueryAt = kValueHeadAt + WARPS * 2 * kValueHead;
-constexpr int kBarrierAt = kQueryAt + kQueryBytes;
-constexpr int kStateAt = kBarrierAt + WARPS * (SLOTS + 1) * 8;
-constexpr int kShared = kStateAt + WARPS * kColumns * 8;
+// A column in the workspace: pieces of it, each its sums of channels, then maximum and total.
+constexpr int kMostPieces = 4;
+constexpr int kPartialRow = V_HEAD_DIM + 2 * kMostPieces;
 
-// A partial row in the workspace: sums of channels, then maximum and total.
-constexpr int kPartialRow = V_HEAD_DIM + 2;
-
-static_assert(SLOT_TILES % kUnitTiles == 0 && kTiles % (SLOTS * SLOT_TILES) == 0);
-static_assert(kShared <= 227 * 1024, "shared memory of a thread block");
 static_assert(ANGLE_BITS == 3 || ANGLE_BITS == 4, "the radius must become fp16 by one product");
 static_assert(SPREAD == 1 || (SPREAD == 2 && COLUMN_TILES == 1), "few columns stand at even places");
 static_assert(kWords == 8 || kWords == 6, "whole codes");
