@@ -34,7 +34,6 @@ _MOST_PIECES = 4
 _QUERY_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
-
 # Where the fields' places are in the kernel's arguments.
 _FIRST_FIELD = 8
 _launches = itertools.count()
@@ -55,9 +54,9 @@ class _Block:
         warps: warps of the block.
         slots: ring slots of a warp, or of a team of them.
         source: file of the kernel.
-        least_groups: groups of 128 tokens that take a block as long as one, since its warps or teams
-            work on one each.
-        cost: a block's fixed cost in groups (decode.cu, measured on an H200: 6 us of 0.55 us a group).
+        least_groups: groups of 128 tokens that take a block as long as one, since its warps or
+            teams work on one each.
+        cost: a block's fixed cost in groups (decode.cu on an H200: 6 us of 0.55 us a group).
     """
 
     tiles: int

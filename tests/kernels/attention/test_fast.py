@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from polarcache.kernels import BlockShape, Profile
-from polarcache.kernels.attention.fast import FastDecode, PreparedDecode
+from polarcache.kernels.attention.fast import _BLOCKS, _WIDE, FastDecode, PreparedDecode
 from polarcache.kernels.attention.options import AttentionOptions
 from polarcache.kernels.codec import Codec
 from tests.kernels.attention.reference import store
@@ -71,9 +71,21 @@ def test_leaves_the_rest_to_other_forms(
     [(256, 64, 2), (512, 128, 1), (256, 8, 16), (32, 64, 2), (64, 256, 1), (1, 1, 1)],
 )
 def test_even_sequences_fill_whole_waves(groups: int, parts: int, splits: int) -> None:
-    plan = FastDecode._even_plan(groups, parts, SMS)
+    plan = FastDecode._even_plan(groups, parts, SMS, _BLOCKS[0])
     assert plan.splits == splits
     assert plan.blocks == parts * splits
+
+
+@pytest.mark.parametrize("block", [*_BLOCKS, _WIDE])
+def test_blocks_that_wait_for_each_other_run_at_once(block: Any) -> None:
+    fast = FastDecode(codec_of("k=pair:r4t4,v=int4"), 32, AttentionOptions())
+    for parts in (1, 2, 3, 8, 100, 133):
+        for groups in (1, 500, 100000):
+            assert FastDecode._even_plan(groups, parts, SMS, block).splits <= SMS
+    for sequences in (1, 2, 60, 70, 133, 500):
+        # All others have a block a part.
+        budget = fast._dealt_blocks(sequences, 1, SMS) // 8
+        assert budget - (sequences - 1) <= SMS
 
 
 @pytest.mark.parametrize("sequences", [1, 3, 16, 40, 500])
@@ -97,7 +109,7 @@ def test_the_workspace_holds_every_plan() -> None:
                 parts = sequences * 8 * column_tiles
                 assert blocks >= fast._dealt_blocks(sequences, column_tiles, SMS)
                 for groups in (1, 5, 64, 4096):
-                    assert blocks >= FastDecode._even_plan(groups, parts, SMS).blocks
+                    assert blocks >= FastDecode._even_plan(groups, parts, SMS, block).blocks
 
 
 def test_many_sequences_that_decode_need_little_workspace() -> None:
@@ -126,8 +138,27 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     ],
 )
 def test_compiles_for_hopper_without_a_gpu(compiler: ModuleType, changes: dict[str, int]) -> None:
-    binary = compiler.compile_source("decode.cu", MACROS | changes, "sm_90")
+    binary = compiler.compile_source("decode.cu", MACROS | changes, "sm_90a")
     assert binary.startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"QUERY": 2}, {"ARCS": 1, "SOFT_CAP": 1}, {"RADIUS_BITS": 3, "ANGLE_BITS": 3}]
+)
+def test_the_wide_form_compiles_without_a_gpu(
+    compiler: ModuleType, changes: dict[str, int]
+) -> None:
+    wide = {"COLUMN_TILES": _WIDE.tiles, "SPREAD": 1, "WARPS": _WIDE.warps, "SLOTS": _WIDE.slots}
+    binary = compiler.compile_source("wide.cu", MACROS | wide | changes, "sm_90a")
+    assert binary.startswith(b"\x7fELF")
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim", "wide"), [(4, 128, 0), (5, 128, 1), (16, 128, 1), (16, 64, 0)]
+)
+def test_many_columns_take_the_wide_form(rows: int, dim: int, wide: int) -> None:
+    fast = FastDecode(codec_of("k=pair:r4t4,v=int4", dim), 32, AttentionOptions())
+    assert (fast._columns(rows)[1] is _WIDE) == bool(wide)
 
 
 def test_a_bound_launch_hands_the_driver_what_its_values_are(

@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -135,10 +136,18 @@ def test_options_do_what_float64_does(options: AttentionOptions) -> None:
     check(codec, torch.randn(5, 4, 64).half(), stored, options)
 
 
-def test_rows_of_a_shared_prefix() -> None:
-    codec = codec_of("k=pair:r4t4,v=int4", BlockShape(128, 2, 128, 128, "half", 128))
-    stored = store(codec, [3000, 40], [16, 50], device="cuda")
-    check(codec, torch.randn(66, 8, 128).half(), stored)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("text", FAST)
+def test_rows_of_a_shared_prefix(text: str, dtype: torch.dtype) -> None:
+    codec = codec_of(text, BlockShape(256, 2, 128, 128, "half", 128))
+    # Up to 264 query columns of a KV head, none of a third sequence's tokens.
+    stored = store(codec, [9000, 40, 0, 700], [16, 66, 5, 9], device="cuda")
+    query = torch.randn(96, 8, 128).to(dtype)
+    check(codec, query, stored)
+    check(codec, 20 * query, stored, error=5e-3, lse_error=1e-1)
+    check(codec, query, stored, AttentionOptions(soft_cap=3.0))
+    known = dataclasses.replace(stored.batch, known_lengths=[9000, 40, 0, 700])
+    check(codec, query, dataclasses.replace(stored, batch=known))
 
 
 @pytest.mark.parametrize("text", PROFILES)
