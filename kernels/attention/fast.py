@@ -29,8 +29,8 @@ __all__ = ["FastDecode", "PreparedDecode"]
 
 _GROUP_TOKENS = 128
 _LOG2_E = math.log2(math.e)
-# Pieces of a column that different blocks finish (shape.cuh).
-_MOST_PIECES = 4
+# Most blocks of a part, which wide.cu has room for (teams.cuh).
+_MOST_SPLITS = 256
 _QUERY_KINDS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 
 
@@ -232,8 +232,10 @@ class FastDecode:
         return PreparedDecode(kernel.bind(plan.blocks, arguments), fields)
 
     def _partial_bytes(self, block: _Block) -> int:
-        """Returns the bytes that a block hands over: sums and two numbers a piece, marked."""
-        return block.columns * (self._shape.v_head_dim + 2 * _MOST_PIECES) * 8
+        """Returns the bytes that a block hands over: sums and two numbers a column."""
+        numbers = block.columns * (self._shape.v_head_dim + 2)
+        # Marked one by one, or once for every block that waits for them.
+        return 4 * (numbers + _MOST_SPLITS) if block is _WIDE else 8 * numbers
 
     def _columns(self, max_rows: int) -> tuple[int, _Block]:
         """Returns how many blocks share a KV head's query columns, and how each takes its own."""
@@ -244,7 +246,8 @@ class FastDecode:
 
     def _plan(self, batch: PrefixBatch, column_tiles: int, block: _Block, device: int) -> _Plan:
         """Shares the device out: as many blocks for every part, or by length."""
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
+        properties = torch.cuda.get_device_properties(device)
+        processors = min(properties.multi_processor_count, _MOST_SPLITS)
         parts = batch.num_sequences * self._shape.kv_heads * column_tiles
         known = batch.known_lengths
         tokens = batch.page_table.shape[1] * self._shape.tokens

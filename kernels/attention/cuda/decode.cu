@@ -437,5 +437,5 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
       }
     }
   __syncthreads();
-  merge<WARPS>(shared, shared + kStaging, states, work, columns, row_of, out, lse, partial, mark);
+  merge(shared, work, columns, row_of, out, lse, partial, mark);
 }

@@ -161,3 +161,14 @@ __device__ __forceinline__ uint2 load_relaxed(const uint2* place) {
                : "memory");
   return x;
 }
+
+// The same of four bytes.
+__device__ __forceinline__ void store_relaxed(uint32_t* place, uint32_t x) {
+  asm volatile("st.relaxed.gpu.global.b32 [%0],%1;" ::"l"(place), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ uint32_t load_relaxed(const uint32_t* place) {
+  uint32_t x;
+  asm volatile("ld.relaxed.gpu.global.b32 %0,[%1];" : "=r"(x) : "l"(place) : "memory");
+  return x;
+}

@@ -23,9 +23,8 @@ constexpr int kPairTable = 4 << ANGLE_BITS;  // bytes of a pair's phase table
 constexpr int kMerged = kColumns * (V_HEAD_DIM + 2) * 4;  // a block's sums, maxima and totals
 constexpr int kStagingRow = V_HEAD_DIM + 4;  // floats; the pad spreads a warp over all banks
 
-// A column in the workspace: pieces of it, each its sums of channels, then maximum and total.
-constexpr int kMostPieces = 4;
-constexpr int kPartialRow = V_HEAD_DIM + 2 * kMostPieces;
+// A partial row in the workspace: sums of channels, then maximum and total.
+constexpr int kPartialRow = V_HEAD_DIM + 2;
 
 static_assert(ANGLE_BITS == 3 || ANGLE_BITS == 4, "the radius must become fp16 by one product");
 static_assert(SPREAD == 1 || (SPREAD == 2 && COLUMN_TILES == 1), "few columns stand at even places");

@@ -29,11 +29,18 @@ constexpr int kBarrierAt = kStateAt + kTeams * kColumns * 8;     // [team, stage
 constexpr int kShared = kBarrierAt + kTeams * SLOTS * 8;
 // Sums at the end, over weights and tables, and what merging needs, over the rings.
 constexpr int kStagedAt = kWeightsAt, kMergedAt = kRingAt;
+constexpr int kStagedBytes = kTeams * kColumns * kStagingRow * 4;
+
+// A block's part of the workspace: sums [column, channel], maxima and totals [column], flags that other
+// blocks of its part raise.
+constexpr int kMostSplits = 256;
+constexpr int kSumBytes = kColumns * V_HEAD_DIM * 4, kSumStateBytes = kColumns * 8;
+constexpr int kPartialBytes = kSumBytes + kSumStateBytes + kMostSplits * 4;
 
 static_assert(HEAD_DIM == 128 && V_HEAD_DIM == 128, "a warpgroup has 64 channels of values");
 static_assert(COLUMN_TILES == 8 && SPREAD == 1 && WARPS == 16 && SLOTS == 3);
-static_assert(kTeams * kColumns * kStagingRow * 4 <= kRingAt - kStagedAt);
-static_assert(kMerged <= kTeams * SLOTS * kStage && kGroup * kColumns * 4 <= SLOTS * kStage);
+static_assert(kStagedBytes <= kRingAt - kStagedAt);
+static_assert(kMerged <= kTeams * SLOTS * kStage && kThreads * 32 <= kStagedBytes && kGroup * kColumns * 4 <= SLOTS * kStage);
 static_assert(kShared <= 227 * 1024, "shared memory of a thread block");
 
 // Writes a group's phase table, of pair p at p: radius y times `scale` times cosine and sine of every

@@ -6,9 +6,8 @@
 //
 // Macros are those of decode.cu.
 #include "exact.cuh"
-#include "merge.cuh"
+#include "merge_wide.cuh"
 #include "query.cuh"
-#include "teams.cuh"
 #include "wgmma.cuh"
 
 // Dynamic shared memory of a launch, for whoever launches.
@@ -382,6 +381,5 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
     }
   }
   __syncthreads();
-  merge<kTeams>(shared + kStagedAt, shared + kMergedAt, states, work, columns, row_of, out, lse,
-                partial, mark);
+  merge_teams(shared, work, columns, row_of, out, lse, reinterpret_cast<uint8_t*>(partial), mark);
 }

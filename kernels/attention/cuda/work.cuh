@@ -79,3 +79,8 @@ __device__ __forceinline__ bool deal(const int* lengths, const int* query_starts
   }
   return false;
 }
+
+// Logarithm to base 2 of the sum of weights.
+__device__ __forceinline__ float log_sum(float highest, float total) {
+  return total > 0.f ? highest + __log2f(total) : __int_as_float(0xff800000);
+}
