@@ -133,8 +133,15 @@ class FastDecode:
         assert isinstance(key, Pair | ArcPair)
         self._shape = shape
         self._query_heads = query_heads
-        self._arcs = isinstance(key, ArcPair)
-        self._offsets = {field.name: field.offset for field in codec.layout.fields}
+        arcs = isinstance(key, ArcPair)
+        offsets = {field.name: field.offset for field in codec.layout.fields}
+        self._fields = (
+            offsets["key_codes"],
+            offsets["key_arcs" if arcs else "key_parameters"],
+            offsets.get("key_radii", 0),
+            offsets["value_codes"],
+            offsets["value_parameters"],
+        )
         scale = (options.scale or shape.head_dim**-0.5) * _LOG2_E
         cap = options.soft_cap
         # With a cap the kernel takes exp(2 score / cap) for the hyperbolic tangent.
@@ -144,7 +151,7 @@ class FastDecode:
             ("V_HEAD_DIM", shape.v_head_dim),
             ("RADIUS_BITS", key.radius_bits),
             ("ANGLE_BITS", key.angle_bits),
-            ("ARCS", int(self._arcs)),
+            ("ARCS", int(arcs)),
             ("ROTARY", shape.rotary_dim),
             ("INTERLEAVED", int(shape.pairing == "interleaved")),
             ("PAGE_GROUPS", shape.tokens // _GROUP_TOKENS),
@@ -194,42 +201,39 @@ class FastDecode:
         # Imported here: only a GPU needs the CUDA bindings.
         from polarcache.kernels.attention.cuda.module import Kernel
 
-        shape, offsets = self._shape, self._offsets
         device = query.device.index or 0
         column_tiles, block = self._columns(batch.max_rows)
-        kernel = Kernel.of(
-            device,
-            block.source,
-            (
-                *self._defines,
-                ("QUERY", _QUERY_KINDS[query.dtype]),
-                ("COLUMN_TILES", block.tiles),
-                ("SPREAD", block.spread),
-                ("WARPS", block.warps),
-                ("SLOTS", block.slots),
-            ),
-        )
+        macros = tuple(self._macros(block, query.dtype).items())
+        kernel = Kernel.of(device, block.source, macros)
         plan = self._plan(batch, column_tiles, block, device)
         needed = plan.blocks * self._partial_bytes(block) if plan.splits != 1 else 0
         if needed and (
-            workspace is None or len(workspace) < needed or workspace.device != query.device
+            workspace is None
+            or len(workspace) < needed
+            or workspace.device != query.device
+            or workspace.data_ptr() % 16
         ):
-            raise ShapeError(f"workspace: expected {needed} bytes on {query.device}")
-        fields = (
-            offsets["key_codes"],
-            offsets["key_arcs" if self._arcs else "key_parameters"],
-            offsets.get("key_radii", 0),
-            offsets["value_codes"],
-            offsets["value_parameters"],
-        )
+            raise ShapeError(
+                f"workspace: expected {needed} bytes on {query.device}, at a multiple of 16"
+            )
         arguments: tuple[Any, ...] = (
             query.data_ptr(), batch.memory.data_ptr(), batch.page_table.data_ptr(),
             batch.lengths.data_ptr(), batch.query_starts.data_ptr(), out.data_ptr(),
-            lse.data_ptr(), 0 if workspace is None else workspace.data_ptr(), *fields,
-            batch.num_sequences, batch.page_table.shape[1], self._query_heads, shape.kv_heads,
-            column_tiles, plan.splits, *self._scales, 0,
+            lse.data_ptr(), 0 if workspace is None else workspace.data_ptr(), *self._fields,
+            batch.num_sequences, batch.page_table.shape[1], self._query_heads,
+            self._shape.kv_heads, column_tiles, plan.splits, *self._scales, 0,
         )  # fmt: skip
-        return PreparedDecode(kernel.bind(plan.blocks, arguments), fields)
+        return PreparedDecode(kernel.bind(plan.blocks, arguments), self._fields)
+
+    def _macros(self, block: _Block, query: torch.dtype) -> dict[str, int]:
+        """Returns the constants of the kernel's source."""
+        return dict(self._defines) | {
+            "QUERY": _QUERY_KINDS[query],
+            "COLUMN_TILES": block.tiles,
+            "SPREAD": block.spread,
+            "WARPS": block.warps,
+            "SLOTS": block.slots,
+        }
 
     def _partial_bytes(self, block: _Block) -> int:
         """Returns the bytes that a block hands over: sums and two numbers a column."""

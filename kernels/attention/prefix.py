@@ -101,8 +101,9 @@ class PrefixAttention:
             out: fp32 [num_queries, Hq, Dv] contiguous; every element is written.
             lse: fp32 [num_queries, Hq] contiguous: natural logarithm of the sum of exp of the
                 scores; -inf, with `out` 0, where a row sees no token.
-            workspace: uint8, at least `workspace_bytes` long, on the device of `query`; its
-                contents are free between calls. None where 0 bytes are needed.
+            workspace: uint8, at least `workspace_bytes` long, on the device of `query`, at a
+                multiple of 16 bytes; its contents are free between calls. None where 0 bytes are
+                needed.
 
         Raises:
             ShapeError: a tensor differs from the above.
