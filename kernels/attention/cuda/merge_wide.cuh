@@ -33,7 +33,7 @@ template <typename Row>
 __device__ __forceinline__ void merge_teams(uint8_t* shared, const Work& work, int columns, Row row_of,
                                             float* __restrict__ out, float* __restrict__ lse,
                                             uint8_t* partial, uint32_t mark) {
-  constexpr int kQuads = V_HEAD_DIM / 4, kAtOnce = 4;
+  constexpr int kQuads = V_HEAD_DIM / 4;
   const float* const staged = reinterpret_cast<const float*>(shared + kStagedAt);
   const float2* const states = reinterpret_cast<const float2*>(shared + kStateAt);
   float4* const merged = reinterpret_cast<float4*>(shared + kMergedAt);  // [own column, quad]
@@ -91,22 +91,16 @@ __device__ __forceinline__ void merge_teams(uint8_t* shared, const Work& work, i
     const int number = i % numbers, index = number / kQuads, quad = number % kQuads;
     const int column = work.split + index * work.splits;
     Sums x = {kNever, 0.f, make_float4(0.f, 0.f, 0.f, 0.f)};
-    if (i < numbers) x = {merged_states[index].x, merged_states[index].y, merged[number]};
-    for (int k = i / numbers; k < work.splits; k += sharers * kAtOnce) {
-      float2 state[kAtOnce];
-      float4 sum[kAtOnce];
-#pragma unroll
-      for (int j = 0; j < kAtOnce; j++) {
-        const int block = k + j * sharers;
-        state[j] = make_float2(kNever, 0.f), sum[j] = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (block < work.splits && block != work.split) {
-          const uint8_t* const place = first_place + static_cast<size_t>(block) * kPartialBytes;
-          state[j] = __ldcg(reinterpret_cast<const float2*>(place + kSumBytes) + column);
-          sum[j] = __ldcg(reinterpret_cast<const float4*>(place) + column * kQuads + quad);
-        }
+#pragma unroll 4
+    for (int k = i / numbers; k < work.splits; k += sharers) {
+      const uint8_t* const place = first_place + static_cast<size_t>(k) * kPartialBytes;
+      float2 state = merged_states[index];
+      float4 sum = merged[number];
+      if (k != work.split) {
+        state = __ldcg(reinterpret_cast<const float2*>(place + kSumBytes) + column);
+        sum = __ldcg(reinterpret_cast<const float4*>(place) + column * kQuads + quad);
       }
-#pragma unroll
-      for (int j = 0; j < kAtOnce; j++) x = add(x, {state[j].x, state[j].y, sum[j]});
+      x = add(x, {state.x, state.y, sum});
     }
     if (sharers == 1) finish(column, quad, x);
     else shares[i] = x;

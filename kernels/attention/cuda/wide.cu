@@ -97,7 +97,7 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
   uint8_t* const ring = shared + kRingAt + team * SLOTS * kStage;
   uint8_t* const tables = shared + kTableAt + team * 2 * kTeamTable;
   uint8_t* const quotients = shared + kQuotientsAt + team * 2 * kQuotients;
-  float* const lows = reinterpret_cast<float*>(shared + kLowAt) + team * kColumns;
+  float* const tops = reinterpret_cast<float*>(shared + kTopAt) + team * kColumns;
 
   // Asks the copy engine for a group.
   const auto fetch = [&](uint32_t page_unit, int group, int stage) {
@@ -132,7 +132,7 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
     }
     __syncwarp();
   }
-  if (thread < kColumns) lows[thread] = 0.f;
+  if (thread < kColumns) tops[thread] = 0.f;
 
   // Queries: channel pair p of a column at p * 4 of its rows.
   const auto query_of = [&](size_t row, int pair) {
@@ -140,25 +140,18 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
     return make_float2(query_element(query, row * HEAD_DIM + channels.x),
                        query_element(query, row * HEAD_DIM + channels.y));
   };
-  // All are asked for before any is used.
-  constexpr int kLoads = kColumns * kPairs / kThreads;
-  float2 own[kLoads];
-#pragma unroll
-  for (int j = 0; j < kLoads; j++)
-    own[j] = query_of(row_of(min((threadIdx.x + j * kThreads) / kPairs, columns - 1)),
-                      threadIdx.x % kPairs);
-#pragma unroll
-  for (int j = 0; j < kLoads; j++) {
-    const int column = (threadIdx.x + j * kThreads) / kPairs, pair = threadIdx.x % kPairs;
-    if (column >= columns) own[j] = make_float2(0.f, 0.f);
-    const uint32_t rounded = pack_half2(own[j].x, own[j].y);
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kColumns * kPairs; i += kThreads) {
+    const int column = i / kPairs, pair = i % kPairs;
+    float2 own = make_float2(0.f, 0.f);
+    if (column < columns) own = query_of(row_of(column), pair);
+    const uint32_t rounded = pack_half2(own.x, own.y);
     const int chunk = (pair % 32 / 4) ^ (column & 7);
     uint8_t* const place = shared + kQueryAt + pair / 32 * kQueryHalf + column * 128 + chunk * 16 +
                            pair % 4 * 4;
     write(place, rounded);
     if constexpr (kQueryParts == 2)
-      write(place + kQueryPart,
-            pack_half2(own[j].x - low_half(rounded), own[j].y - high_half(rounded)));
+      write(place + kQueryPart, pack_half2(own.x - low_half(rounded), own.y - high_half(rounded)));
   }
   shared_visible();
   __syncthreads();
@@ -219,9 +212,9 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
     float s[32];
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-      const float2 low = *reinterpret_cast<const float2*>(lows + 8 * j + 2 * t);
-      s[4 * j] = s[4 * j + 2] = SOFT_CAP ? 0.f : low.x;
-      s[4 * j + 1] = s[4 * j + 3] = SOFT_CAP ? 0.f : low.y;
+      const float2 top = *reinterpret_cast<const float2*>(tops + 8 * j + 2 * t);
+      s[4 * j] = s[4 * j + 2] = SOFT_CAP ? 0.f : -top.x;
+      s[4 * j + 1] = s[4 * j + 3] = SOFT_CAP ? 0.f : -top.y;
     }
     // Two steps are decoded while the tensor cores are at the two before.
 #pragma unroll
@@ -243,24 +236,32 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
           warpgroup_mma<0>(s, a[i], queries + ((part * kQueryPart + at) >> 4));
       }
       warpgroup_commit();
-      if (batch == 2) warpgroup_wait<2>();
-      // The next group's table is made while the tensor cores are busy.
-      if (batch == 0 && group + stride < groups) {
-        barrier_wait(barriers + next_stage * 8, next_phase);
-        make_table(ring + next_stage * kStage + kCodes, tables + (turn ^ 1) * kTeamTable,
-                   quotients + (turn ^ 1) * kQuotients, scale, thread);
-      }
+      if (batch + 1 < kSteps / 2) warpgroup_wait<1>();
     }
 
+    if (group + stride < groups) {
+      barrier_wait(barriers + next_stage * 8, next_phase);
+      make_table(ring + next_stage * kStage + kCodes, tables + (turn ^ 1) * kTeamTable,
+                 quotients + (turn ^ 1) * kQuotients, scale, thread);
+    }
     const uint8_t* const values = here + kKeyBytes + member / 4 * 512 + lane * 16 + member % 4 * 4;
     const uint8_t* const value_head = here + kCodes + kKeyHead + t * 16;
+    uint32_t v[2][4];
+    const auto decode_batch = [&](int batch) {
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+        decode_values(read<uint32_t>(values + (2 * batch + i) * kValueTile),
+                      read<uint4>(value_head + (2 * batch + i) * 64), v[i]);
+    };
+    decode_batch(0);
+
     warpgroup_wait<0>(s);
     if (__builtin_expect(few, 0)) {
 #pragma unroll
       for (int i = 0; i < 32; i++) {
         const int column = i / 4 * 8 + 2 * t + (i & 1);
-        s[i] = exact[(member * kTile + g + (i >> 1 & 1) * 8) * kColumns + column] +
-               (SOFT_CAP ? 0.f : lows[column]);
+        s[i] = exact[(member * kTile + g + (i >> 1 & 1) * 8) * kColumns + column] -
+               (SOFT_CAP ? 0.f : tops[column]);
       }
     }
 #if SOFT_CAP
@@ -268,7 +269,7 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
     for (int i = 0; i < 32; i++) {
       // scale made s the exponent of 2 of exp(2 score / cap); soft_cap is in units of log 2.
       const float tanh = 1.f - __fdividef(2.f, 1.f + exp2_approx(fminf(s[i], 126.f)));
-      s[i] = fmaf(soft_cap, tanh, lows[i / 4 * 8 + 2 * t + (i & 1)]);
+      s[i] = fmaf(soft_cap, tanh, -tops[i / 4 * 8 + 2 * t + (i & 1)]);
     }
 #endif
     const int valid = length - group * kGroup - member * kTile - g;
@@ -296,8 +297,8 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
       constexpr uint32_t kLimit = 0x4C00;  // 2^kSlack
       return (highest & 0xFFFF) > kLimit || highest >> 16 > kLimit;
     };
-    // The first group has nothing to compare with.
-    if (!started || barrier_any(1 + team, kTeamThreads, store_weights())) {
+    const bool exceeds = store_weights();
+    if (barrier_any(1 + team, kTeamThreads, exceeds || !started)) {
       // The running maximum of the team rises.
       float* const warp_tops = reinterpret_cast<float*>(shared + kWarpTopAt) + team * kTeamWarps * kColumns;
       float2* const rises = reinterpret_cast<float2*>(shared + kRiseAt) + team * kColumns;
@@ -316,7 +317,7 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
         for (int i = 0; i < kTeamWarps; i++) rise = fmaxf(rise, warp_tops[i * kColumns + thread]);
         rise -= 1.f;
         if (started) rise = fmaxf(rise, 0.f);
-        lows[thread] -= rise;
+        tops[thread] += rise;
         rises[thread] = make_float2(rise, exp2_approx(fminf(-rise, 0.f)));
       }
       barrier_sync(1 + team, kTeamThreads);
@@ -334,19 +335,16 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
     }
 
     const unsigned long long b = swizzled_rows(weights);
-    warpgroup_arrive(o);
 #pragma unroll
     for (int batch = 0; batch < kTiles / 2; batch++) {
-      uint32_t v[2][4];
-#pragma unroll
-      for (int i = 0; i < 2; i++)
-        decode_values(read<uint32_t>(values + (2 * batch + i) * kValueTile),
-                      read<uint4>(value_head + (2 * batch + i) * 64), v[i]);
-      if (batch) warpgroup_arrive();
+      if (batch) decode_batch(batch);
+      if (batch == 0) warpgroup_arrive(o);
+      else warpgroup_arrive();
 #pragma unroll
       for (int i = 0; i < 2; i++)
         warpgroup_mma<1>(o, v[i], b + ((2 * batch + i) * kTile * 128 >> 4));
       warpgroup_commit();
+      if (batch + 1 < kTiles / 2) warpgroup_wait<1>();
     }
     // Columns 8 member to 8 member + 7 of all tokens.
 #pragma unroll
@@ -379,7 +377,7 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int column = 8 * member + 2 * t + i;
-      states[team * kColumns + column] = make_float2(started ? -lows[column] : kNever, sums[i]);
+      states[team * kColumns + column] = make_float2(started ? tops[column] : kNever, sums[i]);
     }
   }
   __syncthreads();
