@@ -13,9 +13,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -46,8 +45,7 @@ _entered = threading.local()
 _WORTH_BYTES = 400_000_000
 
 
-@dataclass(frozen=True, slots=True)
-class Computed(Generic[QueryT]):
+class Computed(NamedTuple, Generic[QueryT]):
     """Answers of a launch; the views are valid until the next one.
 
     Attributes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 from dataclasses import dataclass
@@ -205,7 +206,7 @@ class AttendStream:
                 f"layer {layer}, position {position}: expected a layer below "
                 f"{self._num_layers} and no negative position"
             )
-        source = self._bytes_of(queries)
+        source = _bytes_of(queries)
         timeout_s = timeout_s or self._timeout_s
         position = -1 if position is None else position
         first, num_tokens = 0, shape[0]
@@ -227,21 +228,10 @@ class AttendStream:
             return answer
         return answer[0].to(queries.device), answer[1].to(queries.device)
 
-    def _bytes_of(self, queries: torch.Tensor) -> memoryview:
-        """The bytes of a tensor on any device, of any strides, copied only where they must be."""
-        if not (queries.is_cpu and queries.is_contiguous()):
-            queries = queries.cpu().contiguous()
-        queries = queries.detach()
-        if self._dtype is self._torch.bfloat16:
-            # NumPy has no such type.
-            queries = queries.view(self._torch.int16)
-        view: memoryview = queries.numpy().data.cast("B")
-        return view
-
     def _send(
         self,
         layer: int,
-        queries: memoryview,
+        queries: bytes,
         first: int,
         num_tokens: int,
         position: int,
@@ -294,6 +284,14 @@ class AttendStream:
         out[: ask.out_bytes] = answer.out
         lse[: ask.lse_bytes] = answer.lse
         self.timing = AttendTiming(answer.queue_ns, answer.kernel_ns, answer.batch_requests)
+
+
+def _bytes_of(queries: torch.Tensor) -> bytes:
+    """The bytes of a tensor on any device, of any dtype and strides."""
+    if not (queries.is_cpu and queries.is_contiguous()):
+        queries = queries.cpu().contiguous()
+    # One copy in one call: a view through NumPy takes five calls, longer than a token's copy.
+    return ctypes.string_at(queries.data_ptr(), queries.nbytes)
 
 
 class AttendOpener:

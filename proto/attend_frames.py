@@ -9,6 +9,7 @@ messages are sliced out of the received bytes as buffers.
 from __future__ import annotations
 
 import struct
+from functools import lru_cache
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -172,8 +173,9 @@ def _split(
         raise InvalidRequestError(f"malformed {message_class.__name__}: {error}") from error
 
 
+@lru_cache(maxsize=64)
 def _start(tag: int, length: int) -> bytes:
-    """The tag and length of a field of bytes."""
+    """The tag and length of a field of bytes; a stream's messages have few lengths."""
     out = bytearray((tag,))
     while length > 0x7F:
         out.append(length & 0x7F | 0x80)

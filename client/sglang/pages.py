@@ -66,8 +66,8 @@ class PagePool:
     v_head_dim: int
     dtype: str
 
-    @classmethod
-    def of(cls, pool: Any) -> PagePool:
+    @staticmethod
+    def of(pool: Any) -> PagePool:
         """Reads a pool of SGLang.
 
         Args:
@@ -99,8 +99,7 @@ class PagePool:
                 f"--kv-cache-dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype}: "
                 "PolarCache quantizes by itself"
             )
-        made = _of_latents if is_latent else _of_heads
-        return made(cls, pool, dtype)
+        return (_of_latents if is_latent else _of_heads)(pool, dtype)
 
     def pages(self, host_indices: torch.Tensor, num_pages: int) -> list[BlockTensors]:
         """Views of pages.
@@ -177,10 +176,10 @@ class PagePool:
         return (2, *_page_shape(self.layout, *shape))
 
 
-def _of_heads(cls: type[PagePool], pool: Any, dtype: str) -> PagePool:
+def _of_heads(pool: Any, dtype: str) -> PagePool:
     for name, width in (("k_buffer", pool.head_dim), ("v_buffer", pool.v_head_dim)):
         _check(pool, name, pool.head_num, width)
-    return cls(
+    return PagePool(
         layout=pool.layout,
         is_latent=False,
         keys=pool.k_buffer,
@@ -194,7 +193,7 @@ def _of_heads(cls: type[PagePool], pool: Any, dtype: str) -> PagePool:
     )
 
 
-def _of_latents(cls: type[PagePool], pool: Any, dtype: str) -> PagePool:
+def _of_latents(pool: Any, dtype: str) -> PagePool:
     latent, turned = pool.kv_lora_rank, pool.qk_rope_head_dim
     if pool.kv_cache_dim != latent + turned:
         raise UnsupportedError(
@@ -209,7 +208,7 @@ def _of_latents(cls: type[PagePool], pool: Any, dtype: str) -> PagePool:
             f"multiples of 16 channels up to {_WIDEST_HEAD}"
         )
     keys, values = _split(pool.kv_buffer, latent // heads, heads)
-    return cls(
+    return PagePool(
         layout=pool.layout,
         is_latent=True,
         keys=keys,
