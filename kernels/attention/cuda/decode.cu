@@ -110,11 +110,7 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
 
   // Queries, read early so that their latency hides behind the set-up: entry [tile, step, e, lane] is the
   // pair 8 step + 4e + t of column 8 tile + g.
-  const auto query_of = [&](size_t row, int pair) {
-    const int2 channels = channels_of(pair);
-    return make_float2(query_element(query, row * HEAD_DIM + channels.x),
-                       query_element(query, row * HEAD_DIM + channels.y));
-  };
+  const auto query_of = [&](size_t row, int pair) { return query_pair(query, row, pair); };
   constexpr int kEntries = COLUMN_TILES * kSteps * 2 * 32;
   constexpr int kLoads = (kEntries + kThreads - 1) / kThreads;
   float qx[kLoads], qy[kLoads];
@@ -178,8 +174,7 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
 #if ARCS
     return read<uint32_t>(shared + __byte_perm(codes, own_table, 0x7604 | j << 4));
 #else
-    return read<uint32_t>(shared + __byte_perm(codes, own_table, 0x7650 | j) +
-                          (2 * step + j / 2) * 4 * kPairTable);
+    return pair_entry(shared, own_table, codes, step, j);
 #endif
   };
   __syncthreads();
@@ -302,18 +297,14 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
 #pragma unroll
         for (int step = 0; step < kSteps; step++) {
           const uint32_t x = codes_of(words, within * kSteps + step);
-          const uint32_t first =
-              fma_half2(x & kRadiusMask, kRadiusScale, radii[step]);
-          const uint32_t second =
-              fma_half2(rotate_right(x, 8) & kRadiusMask, kRadiusScale, radii[step]);
 #if ARCS
-          const uint32_t index = and_or<kAngleMask>(x, classes[step]);
+          const uint32_t places = classes[step];
 #else
-          const uint32_t index = and_or<kAngleMask>(x, quarter);
+          const uint32_t places = quarter;
 #endif
-          const uint32_t a[4] = {
-              mul_low(first, entry(index, step, 0)), mul_low(second, entry(index, step, 1)),
-              mul_high(first, entry(index, step, 2)), mul_high(second, entry(index, step, 3))};
+          uint32_t a[4];
+          const auto of_step = [&](uint32_t codes, int j) { return entry(codes, step, j); };
+          decode_keys(x, radii[step], places, of_step, a);
 #pragma unroll
           for (int n = 0; n < COLUMN_TILES; n++) {
             mma(s[n], a, q[n][2 * step], q[n][2 * step + 1], step ? s[n] : start[n]);
@@ -346,11 +337,7 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
 #pragma unroll
         for (int n = 0; n < COLUMN_TILES; n++)
 #pragma unroll
-          for (int e = 0; e < 4; e += SPREAD) {
-            // scale made s the exponent of 2 of exp(2 score / cap); soft_cap is in units of log 2.
-            const float tanh = 1.f - __fdividef(2.f, 1.f + exp2_approx(fminf(s[n][e], 126.f)));
-            s[n][e] = fmaf(soft_cap, tanh, -top[n][e & 1]);
-          }
+          for (int e = 0; e < 4; e += SPREAD) s[n][e] = capped(s[n][e], soft_cap, top[n][e & 1]);
 #endif
         if (__builtin_expect(valid < kGroup, 0)) {
 #pragma unroll

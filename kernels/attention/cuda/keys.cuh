@@ -90,6 +90,26 @@ __device__ __forceinline__ void fill_table(uint8_t* table, const uint8_t* parame
 }
 #endif
 
+// Entry of code j of four in a phase table of pairs: its byte becomes part of the address.
+__device__ __forceinline__ uint32_t pair_entry(const uint8_t* shared, uint32_t table, uint32_t codes,
+                                               int step, int j) {
+  return read<uint32_t>(shared + __byte_perm(codes, table, 0x7650 | j) +
+                        (2 * step + j / 2) * 4 * kPairTable);
+}
+
+// The first factor of a step of S^T from the four codes of a lane and the quotients of its pairs. Beside
+// the bits of a code go those of `places`: of its pair in the table, or the class of its arc;
+// entry(codes, j) then gives the phase of code j.
+template <typename Entry>
+__device__ __forceinline__ void decode_keys(uint32_t x, uint32_t quotients, uint32_t places, Entry entry,
+                                            uint32_t (&a)[4]) {
+  const uint32_t first = fma_half2(x & kRadiusMask, kRadiusScale, quotients);
+  const uint32_t second = fma_half2(rotate_right(x, 8) & kRadiusMask, kRadiusScale, quotients);
+  const uint32_t codes = and_or<kAngleMask>(x, places);
+  a[0] = mul_low(first, entry(codes, 0)), a[1] = mul_low(second, entry(codes, 1));
+  a[2] = mul_high(first, entry(codes, 2)), a[3] = mul_high(second, entry(codes, 3));
+}
+
 // The four codes of one step, each times 4 in its byte; bits outside the code are of no meaning.
 __device__ __forceinline__ uint32_t codes_of(const uint32_t* words, int step) {
   if constexpr (kWords == 8) {

@@ -21,3 +21,10 @@ __device__ __forceinline__ int2 channels_of(int p) {
   return make_int2(ROTARY + i, ROTARY + i + (HEAD_DIM - ROTARY) / 2);
 #endif
 }
+
+// Both numbers of a pair of a row.
+__device__ __forceinline__ float2 query_pair(const void* query, size_t row, int pair) {
+  const int2 channels = channels_of(pair);
+  return make_float2(query_element(query, row * HEAD_DIM + channels.x),
+                     query_element(query, row * HEAD_DIM + channels.y));
+}

@@ -13,21 +13,6 @@
 // Dynamic shared memory of a launch, for whoever launches.
 extern "C" __device__ const int shared_bytes = kShared;
 
-// The first factor of a step of S^T from the four codes of a lane.
-__device__ __forceinline__ void decode_keys(uint32_t codes, uint32_t quotients, uint32_t quarter,
-                                            const uint8_t* shared, uint32_t table, int step,
-                                            uint32_t (&a)[4]) {
-  const uint32_t first = fma_half2(codes & kRadiusMask, kRadiusScale, quotients);
-  const uint32_t second = fma_half2(rotate_right(codes, 8) & kRadiusMask, kRadiusScale, quotients);
-  const uint32_t index = and_or<kAngleMask>(codes, quarter);
-  const auto entry = [&](int j) {
-    return read<uint32_t>(shared + __byte_perm(index, table, 0x7650 | j) +
-                          (2 * step + j / 2) * 4 * kPairTable);
-  };
-  a[0] = mul_low(first, entry(0)), a[1] = mul_low(second, entry(1));
-  a[2] = mul_high(first, entry(2)), a[3] = mul_high(second, entry(3));
-}
-
 // The first factor of a tile of O^T from eight nibbles; scales and zero points of tokens 2t, 2t + 1 and
 // 2t + 8, 2t + 9.
 __device__ __forceinline__ void decode_values(uint32_t x, const uint4& weights, uint32_t (&a)[4]) {
@@ -135,11 +120,7 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
   if (thread < kColumns) tops[thread] = 0.f;
 
   // Queries: channel pair p of a column at p * 4 of its rows.
-  const auto query_of = [&](size_t row, int pair) {
-    const int2 channels = channels_of(pair);
-    return make_float2(query_element(query, row * HEAD_DIM + channels.x),
-                       query_element(query, row * HEAD_DIM + channels.y));
-  };
+  const auto query_of = [&](size_t row, int pair) { return query_pair(query, row, pair); };
 #pragma unroll 4
   for (int i = threadIdx.x; i < kColumns * kPairs; i += kThreads) {
     const int column = i / kPairs, pair = i % kPairs;
@@ -224,7 +205,10 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int step = batch * 2 + i;
-        decode_keys(codes_of(words, step), i ? radii.y : radii.x, quarter, shared, table, step, a[i]);
+        const auto entry = [&](uint32_t codes, int j) {
+          return pair_entry(shared, table, codes, step, j);
+        };
+        decode_keys(codes_of(words, step), i ? radii.y : radii.x, quarter, entry, a[i]);
       }
       if (batch == 0) warpgroup_arrive(s);
       else warpgroup_arrive();
@@ -266,11 +250,7 @@ attend(const void* __restrict__ query, const uint8_t* __restrict__ memory,
     }
 #if SOFT_CAP
 #pragma unroll
-    for (int i = 0; i < 32; i++) {
-      // scale made s the exponent of 2 of exp(2 score / cap); soft_cap is in units of log 2.
-      const float tanh = 1.f - __fdividef(2.f, 1.f + exp2_approx(fminf(s[i], 126.f)));
-      s[i] = fmaf(soft_cap, tanh, -tops[i / 4 * 8 + 2 * t + (i & 1)]);
-    }
+    for (int i = 0; i < 32; i++) s[i] = capped(s[i], soft_cap, tops[i / 4 * 8 + 2 * t + (i & 1)]);
 #endif
     const int valid = length - group * kGroup - member * kTile - g;
     if (__builtin_expect(length - group * kGroup < kGroup, 0)) {

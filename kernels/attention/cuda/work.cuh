@@ -80,6 +80,13 @@ __device__ __forceinline__ bool deal(const int* lengths, const int* query_starts
   return false;
 }
 
+// A capped score less what is taken off. scale made x the exponent of 2 of exp(2 score / cap); soft_cap is
+// in units of log 2.
+__device__ __forceinline__ float capped(float x, float soft_cap, float top) {
+  const float tanh = 1.f - __fdividef(2.f, 1.f + exp2_approx(fminf(x, 126.f)));
+  return fmaf(soft_cap, tanh, -top);
+}
+
 // Logarithm to base 2 of the sum of weights.
 __device__ __forceinline__ float log_sum(float highest, float total) {
   return total > 0.f ? highest + __log2f(total) : __int_as_float(0xff800000);
